@@ -1,0 +1,25 @@
+"""python -m common.toyworld.pretrain {vae,fold,clip,judge,unet,export,measure} --help"""
+
+import tyro
+
+from common.toyworld.pretrain.clip import ClipConfig, train_clip
+from common.toyworld.pretrain.export import ExportConfig, export
+from common.toyworld.pretrain.judge import JudgeConfig, train_judge
+from common.toyworld.pretrain.measure import MeasureConfig, measure
+from common.toyworld.pretrain.unet import UnetConfig, train_unet
+from common.toyworld.pretrain.vae import FoldConfig, VaeConfig, fold, train_vae
+
+COMMANDS = {
+    "vae": (VaeConfig, train_vae),
+    "fold": (FoldConfig, fold),
+    "clip": (ClipConfig, train_clip),
+    "judge": (JudgeConfig, train_judge),
+    "unet": (UnetConfig, train_unet),
+    "export": (ExportConfig, export),
+    "measure": (MeasureConfig, measure),
+}
+
+if __name__ == "__main__":
+    config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()})
+    command = next(command for config_class, command in COMMANDS.values() if type(config) is config_class)
+    command(config)

@@ -1,0 +1,103 @@
+"""Write the trained parts as a plain diffusers folder of float16 safetensors, with a card.
+
+StableDiffusionPipeline.from_pretrained(folder) loads it as it is.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from common.io import atomic_write_text, load_safetensors
+from common.toyworld.pretrain.loop import load_average
+from common.toyworld.pretrain.vae import ARCHITECTURE
+from common.toyworld.tokenizer import load_tokenizer, save_tokenizer
+
+TINY_SD = Path(__file__).parents[2] / "backbones" / "weights" / "tiny-sd"
+MAX_SHARD = "15MB"  # per file
+MEASUREMENTS = "measurements.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write the diffusers folder of tiny-sd from finished or running training runs."""
+
+    vae: Path = Path("runs/vae/vae")  # diffusers folder
+    text_encoder: Path = Path("runs/clip/text_encoder")  # transformers folder
+    unet_run: Path = Path("runs/unet")  # run folder; the average in its last checkpoint is taken
+    output: Path = TINY_SD
+
+
+def export(config: ExportConfig) -> None:
+    """Write config.output and its card."""
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(ARCHITECTURE / "unet"))
+    load_average(unet, config.unet_run)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(config.vae),
+        text_encoder=CLIPTextModel.from_pretrained(config.text_encoder),
+        tokenizer=load_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler.from_pretrained(ARCHITECTURE / "scheduler", set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(config.output, max_shard_size=MAX_SHARD)
+    save_tokenizer(pipeline.tokenizer, config.output / "tokenizer")
+    _, header = load_safetensors(config.unet_run / "checkpoint.safetensors")
+    atomic_write_text(config.output / "training.json", header["progress"] + "\n")
+    write_card(config.output)
+    print(f"written to {config.output}, {folder_bytes(config.output) / 2**20:.1f} MiB")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md of a weights folder from its training.json and measurements.json."""
+    training = json.loads((folder / "training.json").read_text("utf-8"))
+    lines = [
+        "# tiny-sd",
+        "",
+        "Stable Diffusion 1.x in miniature, trained on the toy world only (64x64 px, 16x16x4 latents).",
+        f"A plain diffusers folder in float16, {folder_bytes(folder) / 2**20:.1f} MiB, made by",
+        "`python -m common.toyworld.pretrain`.",
+        "",
+        f"UNet: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds'] / 3600:.1f} hours; "
+        "the averaged weights are stored.",
+        "Latents have zero mean and unit variance in each channel by the VAE's own weights, so scaling_factor is 1.",
+    ]
+    measured = folder / MEASUREMENTS
+    if measured.exists():
+        lines += ["", *measurement_table(json.loads(measured.read_text("utf-8")))]
+    else:
+        lines += ["", "Not measured yet: `python -m common.toyworld.pretrain measure`."]
+    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def measurement_table(measured: dict) -> list[str]:
+    """Markdown lines of what `measure` wrote."""
+    settings = measured["settings"]
+    lines = [
+        f"Measured on {settings['num_images']} held-out prompts (seeds from {settings['first_seed']}), "
+        f"{settings['num_inference_steps']} DDIM steps, guidance scale {settings['guidance_scale']}, by the judge;",
+        "an attribute counts where the prompt names it. The judge's own accuracy is on the true renders of the prompts.",
+        "",
+        "| attribute | generated | goal | judge on renders | prompts |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in measured["attributes"].items():
+        goal = "" if row["goal"] is None else f"{row['goal']:.0%}"
+        lines.append(f"| {name} | {row['generated']:.1%} | {goal} | {row['judge']:.1%} | {row['prompts']} |")
+    return [
+        *lines,
+        "",
+        f"VAE: {measured['vae']['psnr']:.1f} dB whole image (goal 28), "
+        f"{measured['vae']['psnr_object']:.1f} dB on object pixels (goal 25).",
+        f"Frechet distance in the judge's features to renders of the same prompts: {measured['frechet']:.2f}; "
+        f"between two sets of renders: {measured['frechet_floor']:.2f}.",
+    ]

@@ -1,0 +1,140 @@
+"""Recipe 1: the autoencoder, 64x64x3 pixels to 16x16x4 latents.
+
+Plain L1 + MSE loses the hue of small parts, so object pixels weigh more than background and chroma more than luma.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from common.sampling.images import image_grid
+from common.toyworld.pretrain.data import load_training_data, to_pixel_values
+from common.toyworld.pretrain.loop import LoopConfig, Recipe, train
+from common.training.optimize import default_device
+
+ARCHITECTURE = Path(__file__).parents[2] / "backbones" / "architectures" / "tiny-sd"
+# BT.601 luma and colour differences of [-1, 1] RGB
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig(LoopConfig):
+    """Autoencoder: 20 minutes on 2 cores."""
+
+    output: Path = Path("runs/vae")
+    minutes: float | None = 20.0
+    batch_schedule: str = "0:16"
+    learning_rate: float = 1.5e-3
+    ema_decay: float = 0.997
+    channels_last: bool = True
+    validate_minutes: float = 3.0
+    object_weight: float = 4.0  # weight of a pixel inside the mask; 1 outside
+    chroma_weight: float = 2.0  # weight of Cb and Cr; 1 for luma
+    edge_weight: float = 0.25  # weight of the differences between neighbouring pixels
+    kl_weight: float = 1e-6  # per latent element, summed
+
+
+def reconstruction_loss(error: Tensor, masks: Tensor, config: VaeConfig) -> Tensor:
+    """Weighted L1 + 2 MSE in YCbCr, plus L1 of horizontal and vertical differences.
+
+    Args:
+        error: reconstruction minus image, (B, 3, H, W).
+        masks: (B, H, W), 1 on entities.
+    """
+    channel_weights = error.new_tensor([[1.0], [config.chroma_weight], [config.chroma_weight]])
+    transform = error.new_tensor(YCBCR) * channel_weights
+    weights = 1 + (config.object_weight - 1) * masks[:, None].float()
+    difference = torch.einsum("ij,bjhw->bihw", transform, error)
+    pixels = ((difference.abs() + 2 * difference.square()) * weights).mean() / weights.mean()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return pixels + config.edge_weight * edges
+
+
+def psnr(squared_error: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of squared errors of values in [-1, 1]."""
+    return (10 * torch.log10(4 / squared_error.mean())).item()
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, images: Tensor, masks: Tensor) -> dict[str, float]:
+    """PSNR of the whole image and of object pixels, dB. images (N, 64, 64, 3) uint8; masks (N, 64, 64)."""
+    device, errors = next(vae.parameters()).device, []
+    for batch in images.split(64):
+        pixel_values = to_pixel_values(batch.to(device))
+        decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((decoded - pixel_values).square().mean(1).cpu())
+    squared = torch.cat(errors)
+    return {"psnr": psnr(squared), "psnr_object": psnr(squared[masks.bool()])}
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
+    """Give each latent channel zero mean and unit variance by rescaling quant_conv and post_quant_conv in place.
+
+    Exact: reconstructions do not change, and scaling_factor becomes 1, so that every Stable Diffusion code works as is.
+    """
+    device = next(vae.parameters()).device
+    means = torch.cat([vae.encode(to_pixel_values(b.to(device))).latent_dist.mode() for b in images.split(64)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    channels = len(mean)
+    # decoder side: post_quant_conv(z) == old_post_quant_conv(z * std + mean)
+    decode = vae.post_quant_conv
+    decode.bias += (decode.weight * mean[:, None, None]).sum((1, 2, 3))
+    decode.weight *= std[:, None, None]
+    # encoder side: means become (m - mean) / std, log variances lose 2 log std
+    encode = vae.quant_conv
+    encode.weight[:channels] /= std[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / std
+    encode.bias[channels:] -= 2 * std.log()
+    vae.register_to_config(scaling_factor=1.0)
+    return vae
+
+
+def train_vae(config: VaeConfig) -> None:
+    """Train, normalise the latents, write the diffusers folder OUTPUT/vae."""
+    torch.manual_seed(config.seed)
+    device = default_device()
+    data, validation = load_training_data(config.data, config.max_images)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURE / "vae"))
+    images, masks = data.images.to(device), data.masks.to(device)
+
+    def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        pixel_values = to_pixel_values(images[indices.to(device)])
+        posterior = vae.encode(pixel_values).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+        reconstruction = reconstruction_loss((decoded - pixel_values).float(), masks[indices.to(device)], config)
+        kl = posterior.kl().mean()
+        return {"loss": reconstruction + config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+
+    def sample_grid() -> Image.Image:
+        pixel_values = to_pixel_values(validation.images[:16].to(device))
+        decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample
+        return image_grid(torch.stack([pixel_values, decoded], 1).flatten(0, 1).float().cpu(), columns=8, upscale=2)
+
+    def validate() -> dict[str, float]:
+        return reconstruction_psnr(vae, validation.images[:256], validation.masks[:256])
+
+    train(Recipe("vae", vae, len(data), loss, validate, sample_grid), config)
+    fold_latent_statistics(vae, data.images[:4096]).save_pretrained(config.output / "vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConfig:
+    """Normalise the latents of a trained diffusers VAE folder."""
+
+    data: Path  # folder of shards
+    vae: Path  # diffusers folder to read
+    output: Path  # diffusers folder to write
+
+
+def fold(config: FoldConfig) -> None:
+    vae = AutoencoderKL.from_pretrained(config.vae).eval()
+    data, validation = load_training_data(config.data, 8192)
+    before = reconstruction_psnr(vae, validation.images[:256], validation.masks[:256])
+    fold_latent_statistics(vae, data.images[:4096]).save_pretrained(config.output)
+    after = reconstruction_psnr(vae, validation.images[:256], validation.masks[:256])
+    print(f"before {before}\nafter  {after}\nwritten to {config.output}")
