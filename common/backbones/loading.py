@@ -48,6 +48,7 @@ def load_backbone(
     source = _source(str(name), pretrained=weights == "pretrained")
     with _explained(name, source):
         suffixes = ("", "_2") if _is_xl(source) else ("",)
+        _check_parts(source, suffixes)
         parts = _tokenizers_and_scheduler(source, suffixes)
         if weights == "pretrained":
             parts |= _pretrained_modules(source, suffixes, dtype)
@@ -108,18 +109,27 @@ def _is_xl(source: str) -> bool:
     return pipeline == "StableDiffusionXLPipeline"
 
 
+def _check_parts(source: str, suffixes: tuple[str, ...]) -> None:
+    if not Path(source).is_dir() or any(source == str(preset.architecture) for preset in PRESETS.values()):
+        return
+    parts = [
+        "unet",
+        "vae",
+        "scheduler",
+        *(f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes),
+    ]
+    absent = [f"{part}/" for part in parts if not (Path(source) / part).is_dir()]
+    if absent:
+        raise FileNotFoundError(f"there is no {', '.join(absent)} in it")
+
+
 def _tokenizers_and_scheduler(source: str, suffixes: tuple[str, ...]) -> dict[str, object]:
     scheduler_config = DDPMScheduler.load_config(source, subfolder="scheduler")
     # latents are not confined to [-1, 1], and clipping is the default of a config that does not mention it
     parts = {"noise_scheduler": DDPMScheduler.from_config(scheduler_config, clip_sample=False)}
-    is_architecture = any(source == str(preset.architecture) for preset in PRESETS.values())
     for part in (f"tokenizer{suffix}" for suffix in suffixes):
-        if Path(source).is_dir() and not (Path(source) / part).is_dir():
-            if not is_architecture:
-                raise FileNotFoundError(f"there is no {part}/")
-            parts[part] = None
-        else:
-            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+        has_none = Path(source).is_dir() and not (Path(source) / part).is_dir()  # an architecture of a preset
+        parts[part] = None if has_none else CLIPTokenizer.from_pretrained(source, subfolder=part)
     return parts
 
 

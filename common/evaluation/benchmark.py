@@ -187,7 +187,7 @@ class EvaluateOptions:
     reference: Path
     """Folder of photos of the real subject."""
     prompt: str = ""
-    """What the images should show, with the class noun instead of the placeholder: "a dog in the snow". Empty: no CLIP-T."""
+    """What the images should show, with the class noun but no placeholder: "a dog in the snow". Empty: no CLIP-T."""
     clip: str = "toy"
     """"toy", or a local folder or hub id of CLIP (papers: openai/clip-vit-base-patch32)."""
     dino: str = "toy"

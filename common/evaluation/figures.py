@@ -40,9 +40,8 @@ def bar_with_intervals(groups: Mapping[str, Mapping[str, Interval]], ylabel: str
         figure, axes = _new_figure(max(3.4, 0.9 + 0.45 * len(groups) * (len(methods) + 1)), 2.8)
         width = 0.8 / len(methods)
         for k, method in enumerate(methods):
-            places = [
-                i + (k - (len(methods) - 1) / 2) * width for i, bars in enumerate(groups.values()) if method in bars
-            ]
+            shift = (k - (len(methods) - 1) / 2) * width
+            places = [i + shift for i, bars in enumerate(groups.values()) if method in bars]
             intervals = [bars[method] for bars in groups.values() if method in bars]
             means = [interval.mean for interval in intervals]
             color = COLORS[k % len(COLORS)]

@@ -1,4 +1,4 @@
-"""The metrics as pure reductions: feature vectors in, numbers out. Which encoder made the vectors is the caller's record.
+"""The metrics as pure reductions: feature vectors in, numbers out. Which encoder made them is for the caller to record.
 
 Vectors of embeddings are normalised here again where a cosine is meant, so any scale will do.
 """
@@ -46,7 +46,7 @@ def text_similarity(images: Tensor, text: Tensor) -> Tensor:
 
 
 def clip_score(cosine: Tensor) -> Tensor:
-    """CLIPScore, 2.5 * max(cos, 0): the scale of Custom Diffusion's "text alignment" (0.61 there is a cosine of 0.245)."""
+    """CLIPScore, 2.5 * max(cos, 0): the scale of Custom Diffusion's "text alignment" (0.61 is a cosine of 0.245)."""
     return 2.5 * cosine.clamp(min=0)
 
 
@@ -76,7 +76,7 @@ def diversity(samples: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> 
 
     Args:
         samples: (N,...), N >= 2: images for LPIPS, features for a feature distance.
-        distance: (P,...), (P,...) -> (P,); LPIPS with AlexNet on [-1,1] in the paper, `cosine_distance` in the toy world.
+        distance: (P,...), (P,...) -> (P,). The paper: LPIPS with AlexNet on [-1,1]; toy world: `cosine_distance`.
     """
     if len(samples) < 2:
         raise ValueError(f"diversity needs at least 2 samples of a prompt, got {len(samples)}")

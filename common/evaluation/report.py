@@ -126,9 +126,8 @@ def _card_title_and_idea(card: str) -> tuple[str, str]:
     card = re.sub(r"<!--.*?-->", "", card, flags=re.DOTALL)
     title = re.search(r"^# +(.+)$", card, re.MULTILINE)
     paragraphs = [block.strip() for block in re.split(r"\n\s*\n", card)]
-    ideas = [
-        text for text in paragraphs if re.match(r"[\w*_\[`\"]", text) and not re.match(r"\W*(Task|Paper)\W*:", text)
-    ]
+    prose = [text for text in paragraphs if re.match(r"[\w*_\[`\"]", text)]
+    ideas = [text for text in prose if not re.match(r"\W*(Task|Paper)\W*:", text)]
     return _plain(title[1]) if title else "", _plain(ideas[0]) if ideas else ""
 
 
@@ -165,9 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.slugs:
         folders = [papers_index.find_paper(slug, papers) for slug in options.slugs]
     else:
-        folders = [
-            papers / slug for slug in papers_index.list_slugs(papers) if (papers / slug / RESULTS_FILE).is_file()
-        ]
+        every = [papers / slug for slug in papers_index.list_slugs(papers)]
+        folders = [folder for folder in every if (folder / RESULTS_FILE).is_file()]
     own = [folder / RECORDS_FILE for folder in folders if (folder / RECORDS_FILE).is_file()]
     write_report(folders, [*own, *options.records], options.output)
     print(options.output)

@@ -14,7 +14,7 @@ from common.evaluation.metrics import cosines
 class Separation:
     """Mean cosines between real images of ... and how well the first kind of pair can be told from the second.
 
-    An AUC is the probability that a pair of the first kind has the higher cosine: 0.5 is chance, above 0.9 is asked for.
+    An AUC is the probability that a pair of the first kind has the higher cosine: 0.5 is chance, we ask for over 0.9.
     nan where there is no pair of a kind.
     """
 
@@ -46,7 +46,7 @@ def separation(features: Mapping[str, Tensor], classes: Mapping[str, str]) -> Se
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
-    """Probability that a random value of `higher`, (N,), exceeds one of `lower`, (M,); ties count half. nan if empty."""
+    """Probability that a value of `higher`, (N,), exceeds one of `lower`, (M,); ties count half, nan if one is empty."""
     if len(higher) == 0 or len(lower) == 0:
         return float("nan")
     ranks = rankdata(torch.cat([higher, lower]).numpy())

@@ -6,12 +6,15 @@ from io import BytesIO
 from math import ceil
 from pathlib import Path
 
+import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from common.io import atomic_write_bytes
+
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # Pillow's own font lacks accented letters
 
 
 def to_pil(pixel_values: Tensor) -> list[Image.Image]:
@@ -33,7 +36,7 @@ def image_grid(
     labels: Sequence[str] | None = None,
     *,
     upscale: int = 1,
-    font_px: int = 13,
+    font_px: int = 12,
     padding_px: int = 4,
 ) -> Image.Image:
     """Lay images out row by row on white, each with its label above it, wrapped to the image's width.
@@ -53,7 +56,7 @@ def image_grid(
         raise ValueError(f"{len(labels)} labels for {len(images)} images: give one each")
     images = [image.resize((image.width * upscale, image.height * upscale), Image.NEAREST) for image in images]
     width, height = max(image.width for image in images), max(image.height for image in images)
-    font = ImageFont.load_default(size=font_px)
+    font = ImageFont.truetype(FONT, font_px)
     wrapped = [_wrap(label, width, font) for label in labels] if labels is not None else [[]] * len(images)
     line_px = ceil(font_px * 1.25)
     columns = min(columns, len(images))

@@ -213,13 +213,16 @@ def render(scenes: list[Scene], *, resolution: int = RESOLUTION, device: str | t
     def plane(values: Tensor, fill: float, dtype) -> Tensor:
         full = torch.full((count * rays, *values.shape[1:]), fill, dtype=dtype, device=eyes.device)
         full[r] = values.to(dtype)
-        return full.reshape(count, side, side, *values.shape[1:])[:, ::SUPERSAMPLING, ::SUPERSAMPLING]
+        return full.reshape(count, side, side, *values.shape[1:])
 
-    depth = torch.where(buffer < FAR, buffer, ground.reshape(-1)).reshape(count, side, side)[:, ::SUPERSAMPLING, ::SUPERSAMPLING]
+    def coarse(plane: Tensor) -> Tensor:
+        return plane[:, ::SUPERSAMPLING, ::SUPERSAMPLING]
+
+    depth = torch.where(buffer < FAR, buffer, ground.reshape(-1)).reshape(count, side, side)
     parts = plane(prims.index[p], 0, torch.int64)
-    masks = plane(prims.entity[p] + 1, 0, torch.int64)
+    masks = coarse(plane(prims.entity[p] + 1, 0, torch.int64))
     picture = flat.reshape(count, side, side, 3).permute(0, 3, 1, 2).clamp(0, 1)
     picture = torch.nn.functional.avg_pool2d(picture, SUPERSAMPLING)
-    picture = styles.stylize(picture, [s.style for s in scenes], parts=parts, masks=masks)
-    normals = plane(normal, 0.0, torch.float32).permute(0, 3, 1, 2)
-    return Render(picture, masks, depth, normals, parts, names, keypoints, [s.camera for s in scenes])
+    picture = styles.stylize(picture, [s.style for s in scenes], lines=styles.outlines(parts), masks=masks)
+    normals = coarse(plane(normal, 0.0, torch.float32)).permute(0, 3, 1, 2)
+    return Render(picture, masks, coarse(depth), normals, coarse(parts), names, keypoints, [s.camera for s in scenes])

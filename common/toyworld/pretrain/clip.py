@@ -36,6 +36,7 @@ class ClipConfig(LoopConfig):
     ema_decay: float = 0.997
     channels_last: bool = True
     validate_minutes: float = 5.0
+    weights: Path = WEIGHTS / "clip.safetensors"  # file to write at the end
     attribute_weight: float = 0.3  # of the attribute losses; 1 for the contrastive loss
 
 
@@ -103,7 +104,7 @@ def text_config(tokenizer) -> CLIPTextConfig:
 
 
 def train_clip(config: ClipConfig) -> None:
-    """Train, write common/toyworld/weights/clip.safetensors and the transformers folder OUTPUT/text_encoder."""
+    """Train, write config.weights and the transformers folder OUTPUT/text_encoder."""
     torch.manual_seed(config.seed)
     device, tokenizer = default_device(), load_tokenizer()
     data, validation = load_training_data(config.data, config.max_images)
@@ -133,7 +134,11 @@ def train_clip(config: ClipConfig) -> None:
         return totals
 
     train(Recipe("clip", trainer, len(data), loss, validate), config)
-    save_clip(trainer.encoder, validate(), config.output)
+    with torch.no_grad():
+        own_caption = validate()["accuracy"]
+    save_clip(trainer.encoder, own_caption, config.weights)
+    trainer.encoder.text_encoder.save_pretrained(config.output / "text_encoder")
+    print(f"written: {config.output / 'text_encoder'}")
 
 
 def trim(input_ids: Tensor, end_id: int) -> Tensor:
@@ -142,14 +147,12 @@ def trim(input_ids: Tensor, end_id: int) -> Tensor:
     return input_ids[:, : longest + 1]
 
 
-@torch.no_grad()
-def save_clip(encoder: DualEncoder, validation: dict[str, float], output: Path) -> None:
+def save_clip(encoder: DualEncoder, own_caption: float, path: Path) -> None:
+    """Write float16 weights; own_caption: how often a held-out picture finds its own caption among 128."""
     tensors = {name: tensor.half().contiguous() for name, tensor in encoder.state_dict().items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     header = {
         "text_config": json.dumps(encoder.text_encoder.config.to_diff_dict()),
-        "accuracy": json.dumps({"own caption of 128": round(validation["accuracy"], 4)}),
+        "accuracy": json.dumps({"own caption of 128": round(own_caption, 4)}),
     }
-    atomic_save_safetensors(tensors, WEIGHTS / "clip.safetensors", header)
-    encoder.text_encoder.save_pretrained(output / "text_encoder")
-    print(f"written: {WEIGHTS / 'clip.safetensors'}, {output / 'text_encoder'}")
+    atomic_save_safetensors(tensors, path, header)
+    print(f"written: {path}")

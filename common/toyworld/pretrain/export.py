@@ -85,7 +85,7 @@ def measurement_table(measured: dict) -> list[str]:
     lines = [
         f"Measured on {settings['num_images']} held-out prompts (seeds from {settings['first_seed']}), "
         f"{settings['num_inference_steps']} DDIM steps, guidance scale {settings['guidance_scale']}, by the judge;",
-        "an attribute counts where the prompt names it. The judge's own accuracy is on the true renders of the prompts.",
+        "an attribute counts where the prompt names it. The judge's own accuracy is on the renders of the prompts.",
         "",
         "| attribute | generated | goal | judge on renders | prompts |",
         "|---|---|---|---|---|",

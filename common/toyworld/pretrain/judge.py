@@ -35,6 +35,7 @@ class JudgeConfig(LoopConfig):
     ema_decay: float = 0.998
     channels_last: bool = True
     validate_minutes: float = 5.0
+    weights: Path = WEIGHTS / "judge.safetensors"  # file to write at the end
     identity_weight: float = 0.1  # of the identity loss; 1 for the mean of the attribute losses
 
 
@@ -120,7 +121,7 @@ def same_instance_auc(judge: Judge, images: Tensor, instances: Tensor) -> float:
 
 
 def train_judge(config: JudgeConfig) -> None:
-    """Train, and write common/toyworld/weights/judge.safetensors."""
+    """Train, and write config.weights."""
     torch.manual_seed(config.seed)
     device = default_device()
     data, validation = load_training_data(config.data, config.max_images)
@@ -140,11 +141,11 @@ def train_judge(config: JudgeConfig) -> None:
         return {name: value for name, (value, _) in accuracy.items()} | {"same_instance_auc": same}
 
     train(Recipe("judge", trainer, len(data), loss, validate), config)
-    save_judge(trainer.judge, validation)
+    save_judge(trainer.judge, validation, config.weights)
 
 
 @torch.no_grad()
-def save_judge(judge: Judge, validation: ShardData, path: Path = WEIGHTS / "judge.safetensors") -> None:
+def save_judge(judge: Judge, validation: ShardData, path: Path) -> None:
     """Write float16 weights with the label names and the accuracy on renders that were not trained on."""
     accuracy = attribute_accuracy(judge, validation.images, validation.labels)
     header = {

@@ -105,22 +105,18 @@ def test_inversion_error_measures_each_image(small_backbone):
 def null_text_setting(backbone):
     cond = backbone.encode_prompt(["a dog", "a red cup"])
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return cond, latents, ddim_trajectory(backbone, latents, cond, num_inference_steps=4)
+    return cond, latents, ddim_trajectory(backbone, latents, cond, num_inference_steps=6)
 
 
 def test_null_text_lowers_the_reconstruction_error_under_guidance(calm_backbone):
     cond, latents, trajectory = null_text_setting(calm_backbone)
-    settings = {"num_inference_steps": 4, "guidance_scale": 5.0}
+    settings = {"num_inference_steps": 6, "guidance_scale": 5.0}
     plain = ddim_reconstruct(calm_backbone, trajectory[-1], cond, **settings)
-    errors = [(plain - latents).square().flatten(1).mean(1)]
-    for inner_steps in (5, 20):
-        nulls = optimise_null_text(
-            calm_backbone, trajectory, cond, guidance_scale=5.0, early_stop=0, inner_steps=inner_steps
-        )
-        assert len(nulls) == 4 and nulls[0].batch_size == 2
-        tuned = ddim_reconstruct(calm_backbone, trajectory[-1], cond, nulls, **settings)
-        errors.append((tuned - latents).square().flatten(1).mean(1))
-    assert (errors[1] < 0.9 * errors[0]).all() and (errors[2] < 0.9 * errors[1]).all(), errors
+    nulls = optimise_null_text(calm_backbone, trajectory, cond, guidance_scale=5.0, early_stop=0)
+    assert len(nulls) == 6 and nulls[0].batch_size == 2
+    tuned = ddim_reconstruct(calm_backbone, trajectory[-1], cond, nulls, **settings)
+    before, after = ((result - latents).square().flatten(1).mean(1) for result in (plain, tuned))
+    assert (after < 0.9 * before).all(), (before, after)
     assert all(parameter.grad is None for parameter in calm_backbone.unet.parameters())
 
 
@@ -137,7 +133,7 @@ def test_null_text_stops_early_where_the_step_is_good(small_backbone):
     cond, _, trajectory = null_text_setting(small_backbone)
     small_backbone.network_batches.clear()
     optimise_null_text(small_backbone, trajectory, cond, early_stop=1e3)
-    assert len(small_backbone.network_batches) == 4 * 3
+    assert len(small_backbone.network_batches) == 6 * 3
 
 
 def test_null_text_needs_guidance(small_backbone):
