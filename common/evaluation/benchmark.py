@@ -22,9 +22,9 @@ from common.data.images import load_image, to_pixel_values
 from common.evaluation import records as recording
 from common.evaluation.bootstrap import Interval
 from common.evaluation.encoders import Encoders, load_encoders
-from common.evaluation.feature_cache import FeatureCache
+from common.evaluation.feature_cache import FeatureCache, picture_hash
 from common.evaluation.records import Record
-from common.evaluation.scoring import Judge, Score, score_images, score_prompt
+from common.evaluation.scoring import Judge, Score, judge_name, score_images, score_prompt
 from common.evaluation.subjects import BenchmarkSubject
 from common.sampling.images import save_png, to_pil
 
@@ -84,7 +84,7 @@ def run_benchmark(
         {"method": method, "subject_words": subject_words, "settings": dict(settings), "seeds": seeds}
     )
     path = output_dir / RECORDS_FILE
-    finished = _finished_subjects(path, run, encoders)
+    finished = _finished_subjects(path, run, encoders, judge)
     cache = FeatureCache(output_dir / "features")
     bar = tqdm(subjects, desc=method, unit="subject", disable=not sys.stderr.isatty())
     for subject in bar:
@@ -110,10 +110,12 @@ def read_result(path: str | Path, subjects: Sequence[str] | None = None) -> Benc
     return BenchmarkResult(recording.aggregate(means), means, Path(path))
 
 
-def _finished_subjects(path: Path, run: str, encoders: Encoders) -> set[str]:
+def _finished_subjects(path: Path, run: str, encoders: Encoders, judge: Judge | None) -> set[str]:
     """Subjects in the records; each subject's records are written at once. Raises: ValueError if made otherwise."""
     rows = recording.read_records(path) if path.is_file() else []
     scored_with = {"clip_i": encoders.clip.name, "dino": encoders.dino.name}
+    if judge is not None:
+        scored_with["identity"] = judge_name(judge)
     for row in rows:
         if row.config_hash != run or row.backbone != scored_with.get(row.metric, row.backbone):
             raise ValueError(
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         table.add_row(score.metric, f"{score.value:.4f}", str(score.n_images), score.backbone)
     Console(highlight=False).print(table)
     if options.output is not None:
-        run = recording.config_hash({"images": options.images.name, "reference": options.reference.name})
+        run = recording.config_hash([sorted(map(picture_hash, pictures)) for pictures in (generated, reference)])
         rows = [
             _record(score, options.images.name, options.reference.name, options.prompt, [], run) for score in scores
         ]

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from PIL import Image
 
 from common import papers_index
 from common.evaluation import claims, figures, records
@@ -26,13 +27,22 @@ _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A figure in the report."""
+
+    uri: str
+    caption: str
+    width_px: int | None  # on the page: 96 pixels an inch, for files that state their resolution
+
+
+@dataclass(frozen=True)
 class Section:
     """One paper in the report."""
 
     title: str
     idea: str
     results: Results
-    pictures: list[tuple[str, str]]  # (data URI, caption)
+    pictures: list[Picture]
 
     def count(self, verdict: str) -> int:
         """Number of claims with this verdict."""
@@ -84,7 +94,7 @@ def read_section(folder: Path) -> Section:
     results = claims.load_results(folder / RESULTS_FILE)
     card = folder / "README.md"
     title, idea = _card_title_and_idea(card.read_text(encoding="utf-8") if card.is_file() else "")
-    pictures = [(data_uri(folder / figure.file), figure.caption) for figure in results.figures]
+    pictures = [read_picture(folder / figure.file, figure.caption) for figure in results.figures]
     return Section(title or results.slug, idea, results, pictures)
 
 
@@ -108,13 +118,18 @@ def read_benchmark(path: Path) -> Benchmark:
     return Benchmark(path.parent.name, metrics, methods, scatter, "; ".join([*encoders, f"commit {commits}"]))
 
 
-def data_uri(path: Path) -> str:
+def read_picture(path: Path, caption: str) -> Picture:
     """A picture file as text that a page can hold. Raises: FileNotFoundError or ValueError naming the file."""
     if path.suffix.lower() not in _MIME:
         raise ValueError(f"{path} cannot be shown in a report; figures must be {', '.join(_MIME)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is named in results.json but is not there; run pcs reproduce again")
-    return _uri(path.read_bytes(), path.suffix.lower())
+    width_px = None
+    if path.suffix.lower() != ".svg":
+        with Image.open(path) as image:
+            dots_per_inch = image.info.get("dpi", (None, None))[0]
+            width_px = round(image.width * 96 / dots_per_inch) if dots_per_inch else None
+    return Picture(_uri(path.read_bytes(), path.suffix.lower()), caption, width_px)
 
 
 def _uri(data: bytes, suffix: str) -> str:
@@ -133,7 +148,9 @@ def _card_title_and_idea(card: str) -> tuple[str, str]:
 
 def _plain(markdown: str) -> str:
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    return " ".join(re.sub(r"\*\*|__|`|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)", "", text).split())
+    text = re.sub(r"\*\*(.+?)\*\*|`([^`]+)`", lambda match: match[1] or match[2], text, flags=re.DOTALL)
+    text = re.sub(r"(?<![\w*])\*(\S[^*]*?)(?<=\S)\*(?![\w*])", r"\1", text)  # *emphasis*, but not the star of v*
+    return " ".join(text.split())
 
 
 def _verdict_class(claim: Claim) -> str:

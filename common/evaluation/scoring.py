@@ -97,12 +97,17 @@ def score_prompt(
     return scores
 
 
+def judge_name(judge: Judge) -> str:
+    """What records call a judge: it changes with any of its weights."""
+    return f"judge@{weights_hash(judge)}"
+
+
 def _per_image(metric: str, values: Tensor, encoder: ImageEncoder) -> Score:
     return _score(metric, values, encoder.name, encoder.preprocessing)
 
 
 def _judged(metric: str, values: Tensor, judge: Judge) -> Score:
-    return _score(metric, values, f"judge@{weights_hash(judge)}", "the judge's own")
+    return _score(metric, values, judge_name(judge), "the judge's own")
 
 
 def _score(metric: str, values: Tensor, backbone: str, preprocessing: str) -> Score:

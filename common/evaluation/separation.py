@@ -46,7 +46,7 @@ def separation(features: Mapping[str, Tensor], classes: Mapping[str, str]) -> Se
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
-    """Probability that a value of `higher`, (N,), exceeds one of `lower`, (M,); ties count half, nan if one is empty."""
+    """Probability that a value of `higher`, (N,), exceeds one of `lower`, (M,); ties count half; nan if empty."""
     if len(higher) == 0 or len(lower) == 0:
         return float("nan")
     ranks = rankdata(torch.cat([higher, lower]).numpy())

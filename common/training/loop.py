@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,7 @@ def fit(
     *,
     validate: Callable[[], float] | None = None,
     sample_grid: Callable[[], Tensor | Image.Image] | None = None,
+    scalars: Callable[[], Mapping[str, float]] | None = None,
     resume: bool = False,
 ) -> FitResult:
     """Train a method and leave the trained values (their average, with `ema_decay`) in its parameters.
@@ -71,6 +72,7 @@ def fit(
         validate: returns a loss, for example `losses.fixed_noise_validation`; called with the averaged weights, in the
             main process.
         sample_grid: returns pixel_values (B, 3, H, W) in [-1, 1] or a picture; called likewise.
+        scalars: returns more numbers to log every `log_every` steps, such as the norm of what is trained.
         resume: continue the run in `output_dir`.
     Raises: RunFolderError (folder in use, not empty, other settings), TrainingDiverged (loss or gradient not finite),
         OSError (full disk), RunInterrupted (after SIGTERM or Ctrl-C). The last good checkpoint is kept in every case.
@@ -117,7 +119,8 @@ def fit(
             log.step(loss_value)
             if done % config.log_every == 0 or last:
                 rates = state.lr_scheduler.get_last_lr()
-                log.scalars(done, log.since_last(config.batch_size) | {"grad_norm": grad_norm, "lr": rates[0]})
+                more = {} if scalars is None or not is_main else scalars()
+                log.scalars(done, log.since_last(config.batch_size) | {"grad_norm": grad_norm, "lr": rates[0], **more})
             if is_main and validate is not None and _due(done, config.validate_every, last):
                 with averaged_weights(state.ema, parameters):
                     result.validation[done] = float(validate())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.io import atomic_save_safetensors
 from common.toyworld.examples import LABELS
@@ -34,9 +34,9 @@ class ClipConfig(LoopConfig):
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     ema_decay: float = 0.997
-    channels_last: bool = True
     validate_minutes: float = 5.0
     weights: Path = WEIGHTS / "clip.safetensors"  # file to write at the end
+    text_encoder: Path | None = None  # transformers folder to take as it is and keep; by default it is trained too
     attribute_weight: float = 0.3  # of the attribute losses; 1 for the contrastive loss
 
 
@@ -109,6 +109,10 @@ def train_clip(config: ClipConfig) -> None:
     device, tokenizer = default_device(), load_tokenizer()
     data, validation = load_training_data(config.data, config.max_images)
     trainer = ClipTrainer(text_config(tokenizer))
+    if config.text_encoder is not None:
+        kept = CLIPTextModel.from_pretrained(config.text_encoder)
+        trainer.encoder.text_encoder.load_state_dict(kept.state_dict())
+        trainer.encoder.text_encoder.requires_grad_(False)
     images, labels = data.images.to(device), {name: values.to(device) for name, values in data.labels.items()}
     paraphrases = len(data.captions[0])
     ids = tokenize(tokenizer, [text for captions in data.captions for text in captions], padding="longest")

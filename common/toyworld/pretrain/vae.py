@@ -30,7 +30,6 @@ class VaeConfig(LoopConfig):
     batch_schedule: str = "0:16"
     learning_rate: float = 1.5e-3
     ema_decay: float = 0.997
-    channels_last: bool = True
     validate_minutes: float = 3.0
     object_weight: float = 4.0  # weight of a pixel inside the mask; 1 outside
     chroma_weight: float = 2.0  # weight of Cb and Cr; 1 for luma

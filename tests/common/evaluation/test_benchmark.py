@@ -1,7 +1,7 @@
 """The runner with a method that paints: hand-derived scores, resume after a kill, refusal to mix settings."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_scores_by_hand_and_records(subjects, tmp_path):
     assert clip_t.values == pytest.approx([1.0, 0.0]) and clip_t.value == pytest.approx(0.5)
     assert (clip_t.n_images, clip_t.seeds, clip_t.backbone) == (2, [0, 1], "clip")
     assert (clip_t.preprocessing, clip_t.method, clip_t.subject) == ("mean colour", "painter", "red_mug")
-    assert clip_t.versions["torch"] == torch.__version__.split("+")[0] and clip_t.git_commit
+    assert clip_t.versions["torch"] == torch.__version__ and clip_t.git_commit
     judged = next(row for row in records if row.metric == "identity")
     assert judged.backbone.startswith("judge@")
     with Image.open(tmp_path / "images/red_mug/00-0.png") as picture:
@@ -145,6 +145,14 @@ def test_other_encoders_are_not_mixed_into_one_file(subjects, tmp_path):
         run_benchmark(Painter, subjects, others, None, output_dir=tmp_path, **SETTINGS)
 
 
+def test_a_judge_trained_anew_is_not_mixed_in(subjects, tmp_path):
+    judge = ColorJudge()
+    run_benchmark(Painter, subjects[:1], ENCODERS, judge, output_dir=tmp_path, **SETTINGS)
+    judge.scale.data *= 2
+    with pytest.raises(ValueError, match="other settings, seeds or encoders"):
+        run_benchmark(Painter, subjects, ENCODERS, judge, output_dir=tmp_path, **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -155,11 +163,8 @@ def test_other_encoders_are_not_mixed_into_one_file(subjects, tmp_path):
     ],
 )
 def test_bad_subjects_are_named(subjects, change, message):
-    fields = {
-        name: getattr(subjects[0], name) for name in ("name", "class_noun", "pixel_values", "prompts", "expected")
-    }
     with pytest.raises(ValueError, match=message):
-        BenchmarkSubject(**{**fields, **change})
+        replace(subjects[0], **change)
 
 
 def test_kept_attributes_leave_out_what_the_prompt_changes():

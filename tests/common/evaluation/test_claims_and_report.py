@@ -19,7 +19,7 @@ CARD = """# First Paper
 
 **Task:** subject-driven images.
 
-Learns **one** [word](https://example.org) & nothing else.
+Learns **one** *new* [word](https://example.org) `v*` & nothing: v* = c_* * 2.
 
 Second paragraph.
 
@@ -156,7 +156,7 @@ def test_report_is_self_contained(papers, tmp_path, capsys):
     assert not re.search(r"https?:|<script|<link|@import|url\(|@font-face", page)
     picture = (papers / "first_paper" / "figures" / "rows.png").read_bytes()
     assert base64.b64encode(picture).decode() in page
-    assert "Learns one word &amp; nothing else." in page and "Second paragraph" not in page
+    assert "Learns one new word v* &amp; nothing: v* = c_* * 2." in page and "Second paragraph" not in page
     assert "less is &lt;more&gt;" in page
     assert "unfinished" not in page and str(tmp_path) not in page
     for name, mark in report.MARKS.items():

@@ -1,4 +1,4 @@
-"""Preprocessing against transformers' own PIL processors, tiny random towers, the feature cache, no file names in ids."""
+"""Preprocessing against transformers' PIL processor, tiny random towers, the feature cache, ids without folders."""
 
 import json
 

@@ -126,7 +126,7 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
 
 
 def test_bootstrap_is_seeded_and_exact_where_it_can_be():
-    """Two values a and b: means of resamples are a, (a+b)/2, b with chances 1/4, 1/2, 1/4, so the interval is [a, b]."""
+    """Two values a and b: means of resamples are a, (a+b)/2, b with chances 1/4, 1/2, 1/4: the interval is [a, b]."""
     assert bootstrap_mean([1.0, 3.0], seed=5) == Interval(2.0, 1.0, 3.0, 2)
     assert bootstrap_mean([4.0]) == Interval(4.0, 4.0, 4.0, 1)
     values = list(np.random.default_rng(1).normal(size=9))

@@ -92,14 +92,15 @@ def test_a_saved_dual_encoder_loads_as_toy_clip(pixel_values, tmp_path):
 def test_trimming_the_padding_changes_no_embedding():
     torch.manual_seed(0)
     encoder, tokenizer = DualEncoder(small_text_config()).eval(), load_tokenizer()
-    ids = tokenizer(["a red mug", "a photo of a blue car in the city"], padding="max_length", return_tensors="pt").input_ids
-    end = tokenizer.eos_token_id
+    texts, end = ["a red mug", "a photo of a blue car in the city"], tokenizer.eos_token_id
+    ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     short = trim(ids, end)
-    assert short.shape[1] == max(len(tokenizer(t).input_ids) for t in ["a photo of a blue car in the city"])
+    assert short.shape[1] == len(tokenizer(texts[1]).input_ids)
     with torch.no_grad():
         whole, cut = encoder.encode_text(ids), encoder.encode_text(short)
     torch.testing.assert_close(cut[0], whole[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mean_of_words(cut[2], short, end), mean_of_words(whole[2], ids, end), atol=1e-5, rtol=1e-5)
+    of_cut, of_whole = mean_of_words(cut[2], short, end), mean_of_words(whole[2], ids, end)
+    torch.testing.assert_close(of_cut, of_whole, atol=1e-5, rtol=1e-5)
 
 
 def test_mean_of_words_leaves_out_start_end_and_padding():

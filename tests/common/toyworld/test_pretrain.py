@@ -69,7 +69,9 @@ def small_text_encoder() -> CLIPTextModel:
 
 @pytest.fixture
 def scheduler():
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -103,11 +105,13 @@ def line_recipe(seen: list | None = None, stop_at: int | None = None) -> Recipe:
 
 def line_config(tmp_path, **changes) -> LoopConfig:
     settings = {"steps": 12, "batch_schedule": "0:4,6:8", "learning_rate": 0.05, "lr_warmup_steps": 2, "log_every": 4}
+    settings["bf16"] = False
     return LoopConfig(data=tmp_path, output=tmp_path / "run", **(settings | changes))
 
 
 def test_the_loop_learns_logs_and_leaves_the_average(tmp_path):
-    recipe, seen = line_recipe(seen := []), seen
+    seen: list = []
+    recipe = line_recipe(seen)
     train(recipe, line_config(tmp_path, steps=150, ema_decay=0.9))
     assert recipe.model.weight.item() == pytest.approx(3, abs=0.15)
     assert [len(rows) for rows in seen[:8]] == [4] * 6 + [8] * 2
@@ -139,7 +143,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     recipe = line_recipe()
-    broken = Recipe("line", recipe.model, 40, lambda *_: {"loss": recipe.model.weight.sum() * math.nan}, recipe.validate)
+    weight = recipe.model.weight
+    broken = Recipe("line", recipe.model, 40, lambda *_: {"loss": weight.sum() * math.nan}, recipe.validate)
     train(recipe, line_config(tmp_path))
     kept = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
     with pytest.raises(FloatingPointError, match="step 12: loss nan"):
@@ -161,9 +166,8 @@ def test_a_time_budget_ends_the_run_and_its_schedule(tmp_path):
 
 def test_batch_schedules_in_steps_and_minutes():
     schedule = parse_batch_schedule("0:16,100:32,90m:64")
-    assert [batch_size_at(schedule, Progress(step=s, seconds=60 * m)) for s, m in ((0, 0), (99, 9), (100, 9), (500, 90))] == [
-        16, 16, 32, 64,
-    ]  # fmt: skip
+    for step, minutes, expected in ((0, 0, 16), (99, 9, 16), (100, 9, 32), (500, 90, 64)):
+        assert batch_size_at(schedule, Progress(step=step, seconds=60 * minutes)) == expected
     for bad in ("16", "5:16", "0:0", "0:16;9:32"):
         with pytest.raises(ValueError, match="schedule"):
             parse_batch_schedule(bad)
@@ -180,7 +184,7 @@ def test_reconstruction_loss_by_hand(tmp_path):
     masks = torch.tensor([[[1, 0], [0, 0]]], dtype=torch.uint8)
     blue = [0.1 * 0.114, 2 * 0.1 * 0.5, 2 * 0.1 * 0.081312]
     on_object, outside = 0.2 + 2 * 0.2**2, sum(x + 2 * x * x for x in blue)
-    expected = (4 * on_object + outside) / (4 * 3) / ((4 + 3) / 4)  # mean over 4 pixels x 3 channels, of mean weight 7/4
+    expected = (4 * on_object + outside) / (4 * 3) / ((4 + 3) / 4)  # mean over 4 pixels x 3 channels; mean weight 7/4
     assert reconstruction_loss(error, masks, config).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -271,12 +275,9 @@ def test_the_exported_folder_is_a_diffusers_pipeline(tmp_path, monkeypatch, sche
     small_text_encoder().save_pretrained(tmp_path / "text_encoder")
     bias = unet.conv_out.bias
     loss = Recipe("unet", unet, 8, lambda *_: {"loss": (bias - 1).square().sum() + 0 * _sum(unet)}, lambda: {"x": 0.0})
-    train(loss, LoopConfig(data=tmp_path, output=tmp_path / "run", steps=3, batch_schedule="0:1", ema_decay=0.5))
-    export(
-        ExportConfig(
-            vae=tmp_path / "vae", text_encoder=tmp_path / "text_encoder", unet_run=tmp_path / "run", output=tmp_path / "out"
-        )
-    )
+    train(loss, LoopConfig(data=tmp_path, output=tmp_path / "run", steps=3, batch_schedule="0:1", bf16=False))
+    parts = {"vae": tmp_path / "vae", "text_encoder": tmp_path / "text_encoder", "unet_run": tmp_path / "run"}
+    export(ExportConfig(output=tmp_path / "out", **parts))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
     torch.testing.assert_close(pipeline.unet.conv_out.bias, bias, atol=1e-3, rtol=1e-3)
     result = pipeline("a red mug", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,1 @@
+"""Textual Inversion: see README.md."""
