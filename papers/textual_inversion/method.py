@@ -7,6 +7,7 @@ Departures D1 to D6, from the paper and from its code, are explained in the card
 
 import json
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def insert_pseudo_word(token_embeds: Tensor, token_ids: Tensor, placeholder_id: 
 
 
 def denoising_loss(backbone: Backbone, noised: NoisedBatch, conditioning: Conditioning) -> Tensor:
-    """Eq. 2, |eps - eps_theta(z_t, t, c_theta(y))|^2, as a mean over channels and pixels; one value per sample, (B,)."""
+    """Eq. 2, |eps - eps_theta(z_t, t, c_theta(y))|^2 as a mean over channels and pixels; one value per sample, (B,)."""
     noise_pred = backbone.predict_noise(noised["noisy_latents"], noised["timesteps"], conditioning)  # (B,4,h,w)
     return F.mse_loss(noise_pred.float(), noised["noise"].float(), reduction="none").flatten(1).mean(1)
 
@@ -88,7 +89,7 @@ class TextualInversion:
         return [(f"vectors.{i}", vectors) for i, vectors in enumerate(self.vectors)]
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Eq. 2 for latents (B,4,h,w) and one template per sample. The text encoder runs each step, to carry gradients."""
+        """Eq. 2 for latents (B,4,h,w), one template per sample. The text encoder runs each step: it carries gradients."""
         noised = noise_batch(self.backbone, batch["latents"], batch["sample_keys"], seed=self.config.seed)
         conditioning = self.backbone.encode_prompt(self.prompts(batch))
         loss = denoising_loss(self.backbone, noised, conditioning).mean()
@@ -104,10 +105,13 @@ class TextualInversion:
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """Mean length of v*, and its ratio to the median word: far above 1 is the usual sign of lost editability."""
-        lengths = torch.cat([vectors.norm(dim=-1) for vectors in self.vectors])
-        words = torch.cat([encoder.get_input_embeddings().weight.norm(dim=-1) for encoder in self.backbone.text_encoders])
-        length = lengths.mean().item()
-        return {"vector_norm": length, "vector_norm_ratio": length / words.float().median().item()}
+        length = torch.cat([vectors.norm(dim=-1) for vectors in self.vectors]).mean().item()
+        return {"vector_norm": length, "vector_norm_ratio": length / self._word_norm}
+
+    @cached_property
+    def _word_norm(self) -> float:
+        tables = [encoder.get_input_embeddings().weight for encoder in self.backbone.text_encoders]
+        return torch.cat([table.detach().float().norm(dim=-1) for table in tables]).median().item()
 
     def generate(
         self,
@@ -161,20 +165,23 @@ class TextualInversion:
 
 
 def load_method(
-    artifact_path: str | Path, backbone_name: str | None = None, device: torch.device | str = "cpu"
+    artifact_path: str | Path, backbone: str | Backbone | None = None, device: torch.device | str = "cpu"
 ) -> TextualInversion:
     """The method of an artifact, ready to generate.
 
     Args:
         artifact_path: learned_embeds.safetensors, or the folder that holds it.
-        backbone_name: None = the backbone that it was trained on.
+        backbone: its name, or one that is loaded; None = the one that the artifact was trained on.
+        device: of a backbone that is loaded here.
     """
     path = _artifact_file(artifact_path)
     _, header = load_safetensors(path)
     if "config" not in header:
         raise ValueError(f"{path} was not written by this method; load it with PlaceholderTokens.load_learned_embeds")
     config = TextualInversionConfig(**json.loads(header["config"]))
-    method = TextualInversion(load_backbone(backbone_name or header["backbone"], device=device), config)
+    if not isinstance(backbone, Backbone):
+        backbone = load_backbone(backbone or header["backbone"], device=device)
+    method = TextualInversion(backbone, config)
     method.load(path)
     return method
 

@@ -86,6 +86,8 @@ class PerImageTextualInversion(TextualInversion):
 
     def prompts(self, batch: dict[str, Any]) -> list[str]:
         """Templates, a quarter of them as "a photo of a S* with S_i"."""
-        draws = seeded_uniform(batch["sample_keys"], seed=self.config.seed, stream="per-image token")
-        rows = zip(batch["prompt"], batch["image_index"].tolist(), (draws < PER_IMAGE_PROBABILITY).tolist(), strict=True)
-        return [f"{prompt} with {self.image_tokens[image]}" if drawn else prompt for prompt, image, drawn in rows]
+        uniform = seeded_uniform(batch["sample_keys"], seed=self.config.seed, stream="per-image token")
+        names = [self.image_tokens[index] for index in batch["image_index"].tolist()]
+        drawn = (uniform < PER_IMAGE_PROBABILITY).tolist()
+        rows = zip(batch["prompt"], names, drawn, strict=True)
+        return [f"{prompt} with {name}" if with_name else prompt for prompt, name, with_name in rows]

@@ -47,7 +47,7 @@ class LoopConfig:
     log_every: int = 50  # steps
     max_images: int | None = None  # of the shards; all by default
     threads: int | None = None  # torch threads
-    bf16: bool | None = None  # bfloat16 autocast (weights stay float32): True, False, or None = where the hardware has it
+    bf16: bool | None = None  # bfloat16 autocast (weights stay float32); None = where the hardware has it
     seed: int = 0
     resume: bool = False
 
@@ -181,7 +181,7 @@ def report(recipe: Recipe, log: RunLog, progress: Progress) -> None:
 
 
 def parse_batch_schedule(text: str) -> list[tuple[float, bool, int]]:
-    """"0:16,20000:32" -> [(0, False, 16), (20000, False, 32)]; True where the start is in minutes ("90m:32")."""
+    """ "0:16,20000:32" -> [(0, False, 16), (20000, False, 32)]; True where the start is in minutes ("90m:32")."""
     entries = []
     for entry in text.split(","):
         start, _, size = entry.strip().partition(":")
@@ -232,9 +232,7 @@ def save_checkpoint(
     atomic_save_safetensors(tensors, path, {"progress": json.dumps(vars(progress))})
 
 
-def load_checkpoint(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, ema: EMAModel
-) -> Progress:
+def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, ema: EMAModel) -> Progress:
     """Restore what save_checkpoint wrote."""
     tensors, header = load_safetensors(path)
     missing = {f"model.{name}" for name in parameters} ^ {key for key in tensors if key.startswith("model.")}

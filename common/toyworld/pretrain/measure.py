@@ -12,7 +12,7 @@ from transformers import CLIPTextModel
 
 from common.io import atomic_write_text
 from common.sampling.images import image_grid, save_png
-from common.toyworld.judge import Judge
+from common.toyworld.judge import WEIGHTS, Judge
 from common.toyworld.pretrain.data import HELD_OUT_FIRST_SEED, encode_texts, to_pixel_values
 from common.toyworld.pretrain.export import MEASUREMENTS, TINY_SD, measurement_table, write_card
 from common.toyworld.pretrain.judge import attribute_accuracy
@@ -33,6 +33,7 @@ class MeasureConfig:
     """What the card states."""
 
     weights: Path = TINY_SD  # exported diffusers folder
+    judge: Path = WEIGHTS / "judge.safetensors"
     num_images: int = 512
     first_seed: int = HELD_OUT_FIRST_SEED  # of the prompts
     num_inference_steps: int = 30
@@ -43,7 +44,8 @@ class MeasureConfig:
 
 def measure(config: MeasureConfig) -> dict:
     """Write measurements.json and the card in the weights folder; returns the numbers."""
-    device, judge = default_device(), Judge.load(device=default_device())
+    device = default_device()
+    judge = Judge.load(config.judge, device)
     renders = render(list(range(config.first_seed, config.first_seed + config.num_images)))
     more = render(list(range(config.first_seed + config.num_images, config.first_seed + 2 * config.num_images)))
     vae = AutoencoderKL.from_pretrained(config.weights / "vae", torch_dtype=torch.float32).to(device)
