@@ -4,7 +4,6 @@ The real ones are those of the DreamBooth benchmark: CLIP ViT-B/32 and DINO ViT-
 are not comparable), float32, pictures preprocessed by PIL as in the original code.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
 
 from common.backbones.image_encoders import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from common.fingerprint import weights_hash
 from common.sampling.images import to_pil
 from common.toyworld.judge import ToyClip, ToyDino
 
@@ -157,15 +157,6 @@ def load_encoders(clip: str = "toy", dino: str = "toy", device: str = "cpu") -> 
         clip=ToyClip.load() if clip == "toy" else Clip.load(clip, device),
         dino=ToyDino() if dino == "toy" else Dino.load(dino, device),
     )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """12 hex digits that change with any weight."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _short_name(source: str | Path) -> str:

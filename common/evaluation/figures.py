@@ -17,7 +17,7 @@ from common.sampling.images import to_pil
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ too, for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more than colours, so that pairs repeat late
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from common.evaluation import metrics
-from common.evaluation.encoders import Encoders, ImageEncoder, weights_hash
+from common.evaluation.encoders import Encoders, ImageEncoder
 from common.evaluation.feature_cache import FeatureCache
 from common.evaluation.subjects import BenchmarkSubject
+from common.fingerprint import weights_hash
 
 
 class Judge(Protocol):

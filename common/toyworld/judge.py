@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from common.fingerprint import weights_hash
 from common.io import load_safetensors
 from common.toyworld.tokenizer import MAX_TOKENS, load_tokenizer
 
@@ -96,11 +97,11 @@ class Judge(nn.Module):
 class ToyDino:
     """Image encoder of common.evaluation: the judge's features, normalised."""
 
-    name = "toy-dino"
     preprocessing = "64x64 px, [-1, 1]"
 
     def __init__(self, judge: Judge | None = None):
         self.judge = judge or Judge.load()
+        self.name = f"toy-dino@{weights_hash(self.judge)}"
 
     @torch.no_grad()
     def embed_images(self, pixel_values: Tensor) -> Tensor:
@@ -135,11 +136,11 @@ class DualEncoder(nn.Module):
 class ToyClip:
     """Image and text encoder of common.evaluation: the dual encoder with its tokenizer."""
 
-    name = "toy-clip"
     preprocessing = "64x64 px, [-1, 1]"
 
     def __init__(self, encoder: DualEncoder, tokenizer):
         self.encoder, self.tokenizer = encoder, tokenizer
+        self.name = f"toy-clip@{weights_hash(encoder)}"
 
     @classmethod
     def load(cls, path: Path = WEIGHTS / "clip.safetensors", device: torch.device | str = "cpu") -> "ToyClip":

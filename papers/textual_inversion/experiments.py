@@ -15,9 +15,10 @@ from common.data.image_folder import ImageFolder
 from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset
 from common.evaluation.benchmark import Generator, run_benchmark
-from common.evaluation.encoders import load_encoders, weights_hash
+from common.evaluation.encoders import load_encoders
 from common.evaluation.records import read_records
 from common.evaluation.subjects import SUBJECT_GAP, BenchmarkSubject, from_toy_world
+from common.fingerprint import weights_hash
 from common.sampling import sample_images
 from common.sampling.images import save_png, to_pil
 from common.toyworld.benchmark import Subject, held_out_views
@@ -246,7 +247,7 @@ def best_caption(backbone: Backbone, subject: Subject, held_out: Tensor) -> str:
 def read_scores(records: Path, subjects: list[BenchmarkSubject]) -> Scores:
     """Score -> subject -> mean over seeds and prompts.
 
-    attributes, identity: of "a photo of a S*", fidelity.   compliance: of the other prompts.   product: of the last two.
+    attributes, identity: of "a photo of a S*".   compliance: of the other prompts.   product: identity x compliance.
     """
     rows = read_records(records)
 

@@ -21,7 +21,7 @@ from .experiments import (
     run_folder,
     train_concept,
 )
-from .method import ARTIFACT, TextualInversion, load_method
+from .method import ARTIFACT, TextualInversion
 
 SEEDS = [0, 1, 2, 3]
 NOUNS = ("house", "car", "cat", "mug")  # shown in the learned styles
@@ -32,7 +32,7 @@ def draw_figures(
 ) -> list[Figure]:
     """Write output/figures/*.png; the subjects' runs must be there, the styles are trained here."""
     folder = output / "figures"
-    draw_samples(backbone, subjects, runs, folder / "samples.png")
+    draw_samples(backbone, plan, subjects, runs, folder / "samples.png")
     points = {
         name: tuple(bootstrap_mean(list(scores[axis].values())) for axis in ("compliance", "identity"))
         for name, scores in measured.scores.items()
@@ -49,11 +49,14 @@ def draw_figures(
     ]
 
 
-def draw_samples(backbone: Backbone, subjects: list[Subject], runs: Path, path: Path) -> None:
+def draw_samples(backbone: Backbone, plan: Plan, subjects: list[Subject], runs: Path, path: Path) -> None:
     """Training pictures against "a photo of a S*", and against the initializer word."""
     rows = {}
     for subject in subjects:
-        method = subject_method(backbone, subject, runs)
+        if backbone.placeholders is not None:
+            backbone.placeholders.remove()
+        method = TextualInversion(backbone, replace(plan.config, initializer_token=subject.class_noun))
+        method.load(run_folder(runs, subject.name, ONE_VECTOR))
         prompt = method.config.plain_prompt()
         rows[f"{subject.name}, training"] = subject.images[:4]
         rows[prompt] = method.generate(prompt, seeds=SEEDS)
@@ -88,10 +91,3 @@ def draw_two_concepts(method: TextualInversion, subjects: list[Subject], runs: P
     if len(objects) > 1:
         prompts.append(f"a photo of a {objects[0]} next to a {objects[1]}")
     save_png(labelled_image_rows({prompt: method.generate(prompt, seeds=SEEDS) for prompt in prompts}), path)
-
-
-def subject_method(backbone: Backbone, subject: Subject, runs: Path) -> TextualInversion:
-    """The trained proposal for a subject; other pseudo-words are removed from the backbone."""
-    if backbone.placeholders is not None:
-        backbone.placeholders.remove()
-    return load_method(run_folder(runs, subject.name, ONE_VECTOR) / ARTIFACT, backbone)

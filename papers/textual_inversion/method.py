@@ -89,7 +89,7 @@ class TextualInversion:
         return [(f"vectors.{i}", vectors) for i, vectors in enumerate(self.vectors)]
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Eq. 2 for latents (B,4,h,w), one template per sample. The text encoder runs each step: it carries gradients."""
+        """Eq. 2 for latents (B,4,h,w), one template a sample. The text encoder runs each step: it carries gradients."""
         noised = noise_batch(self.backbone, batch["latents"], batch["sample_keys"], seed=self.config.seed)
         conditioning = self.backbone.encode_prompt(self.prompts(batch))
         loss = denoising_loss(self.backbone, noised, conditioning).mean()
@@ -165,23 +165,20 @@ class TextualInversion:
 
 
 def load_method(
-    artifact_path: str | Path, backbone: str | Backbone | None = None, device: torch.device | str = "cpu"
+    artifact_path: str | Path, backbone_name: str | None = None, device: torch.device | str = "cpu"
 ) -> TextualInversion:
     """The method of an artifact, ready to generate.
 
     Args:
         artifact_path: learned_embeds.safetensors, or the folder that holds it.
-        backbone: its name, or one that is loaded; None = the one that the artifact was trained on.
-        device: of a backbone that is loaded here.
+        backbone_name: None = the one that it was trained on.
     """
     path = _artifact_file(artifact_path)
     _, header = load_safetensors(path)
     if "config" not in header:
         raise ValueError(f"{path} was not written by this method; load it with PlaceholderTokens.load_learned_embeds")
     config = TextualInversionConfig(**json.loads(header["config"]))
-    if not isinstance(backbone, Backbone):
-        backbone = load_backbone(backbone or header["backbone"], device=device)
-    method = TextualInversion(backbone, config)
+    method = TextualInversion(load_backbone(backbone_name or header["backbone"], device=device), config)
     method.load(path)
     return method
 

@@ -13,8 +13,8 @@ import tyro
 from common.backbones import load_backbone
 from common.evaluation.bootstrap import paired_difference
 from common.evaluation.claims import Claim, Results, save_results, verdict, write_card_table
-from common.evaluation.encoders import weights_hash
 from common.evaluation.records import describe_machine
+from common.fingerprint import weights_hash
 from common.toyworld.benchmark import subjects
 from common.training.optimize import default_device
 

@@ -53,9 +53,9 @@ def train_progressively(
     for index, steps in enumerate(stage_lengths(config.train_steps, unlock_every, config.num_vectors)):
         stage = replace(config, num_vectors=index + 1, train_steps=steps, seed=config.seed + index)
         start = None
-        if method is not None:  # what is trained so far, and one more vector at the initializer
+        if method is not None:  # what is trained so far, and one more vector at the initializer, the last to start
             pairs = zip(method.vectors, method.initial_vectors, strict=True)
-            start = [torch.cat([vectors.detach(), initial[:1]]) for vectors, initial in pairs]
+            start = [torch.cat([vectors.detach(), initial[-1:]]) for vectors, initial in pairs]
         if backbone.placeholders is not None:
             backbone.placeholders.remove()
         method = TextualInversion(backbone, stage, initial_vectors=start)

@@ -1,0 +1,1 @@
+"""DreamBooth: see README.md."""
