@@ -9,7 +9,7 @@ from common.backbones import Backbone
 from common.evaluation.bootstrap import bootstrap_mean
 from common.evaluation.claims import Figure
 from common.evaluation.figures import labelled_image_rows, save_figure, scatter_methods
-from common.sampling.images import save_png
+from common.sampling.images import image_grid, save_png
 from common.toyworld.benchmark import Subject, styles
 
 from .experiments import (
@@ -67,7 +67,7 @@ def draw_samples(backbone: Backbone, plan: Plan, subjects: list[Subject], runs: 
 
 def draw_styles(backbone: Backbone, plan: Plan, runs: Path, path: Path) -> TextualInversion:
     """Held-out styles, and nouns painted in them. Returns: the method of the last style."""
-    rows = {}
+    pictures, labels = [], []
     for style in styles()[: plan.num_styles]:
         placeholder = f"<{style.name.replace(' ', '-')}>"
         config = replace(plan.config, kind="style", initializer_token="painting", placeholder_token=placeholder)
@@ -75,10 +75,10 @@ def draw_styles(backbone: Backbone, plan: Plan, runs: Path, path: Path) -> Textu
             latents = backbone.encode_images(style.images)
         run = run_folder(runs, f"style {style.name}", ONE_VECTOR)
         method = train_concept(backbone, config, VARIANTS[ONE_VECTOR], style.images, latents, run)
-        rows[f"{style.name}, training"] = style.images[:4]
         prompts = [f"a painting of a {noun} in the style of {placeholder}" for noun in NOUNS]
-        rows[f"a painting in the style of {placeholder}"] = torch.cat([method.generate(p, seeds=[0]) for p in prompts])
-    save_png(labelled_image_rows(rows, [f"... of a {noun} ..." for noun in NOUNS]), path)
+        pictures += [style.images[: len(NOUNS)], *(method.generate(prompt, seeds=[0]) for prompt in prompts)]
+        labels += [f"{style.name}, training"] * len(NOUNS) + prompts
+    save_png(image_grid(torch.cat(pictures), len(NOUNS), labels, upscale=2, font_px=11), path)
     return method
 
 

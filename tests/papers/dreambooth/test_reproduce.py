@@ -1,0 +1,79 @@
+"""What reproduce.py does with numbers; `make reproduce QUICK=1` runs the whole of it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from common.evaluation.claims import claim_table
+from common.toyworld.benchmark import subjects
+
+
+def made_up_scores(paper, prior_cost):
+    """Five subjects where every claim holds, with a price of the prior loss."""
+    e = paper.experiments
+    values = {
+        "held-out loss": {e.PROPOSAL: 0.1, e.INVERSION: 0.2},
+        "identity error": {
+            e.PROPOSAL: 0.2 + prior_cost, e.NO_PRIOR: 0.2, e.INVERSION: 0.5, e.WRONG_NOUN: 0.4, e.NO_NOUN: 0.6,
+        },
+        "attribute error": {e.PROPOSAL: 0.1, e.INVERSION: 0.2},
+        "compliance": {e.PROPOSAL: 0.9, e.INVERSION: 0.5},
+        "class distance": {e.PROPOSAL: 1.0, e.NO_PRIOR: 3.0, e.UNTUNED: 0.5},
+        "PRES": {e.PROPOSAL: 0.4, e.NO_PRIOR: 0.6, e.UNTUNED: 0.3},
+        "diversity": {e.PROPOSAL: 0.4, e.NO_PRIOR: 0.3},
+    }  # fmt: skip
+    return {
+        score: {method: {f"s{i}": value + 0.001 * i for i in range(5)} for method, value in methods.items()}
+        for score, methods in values.items()
+    }
+
+
+@pytest.mark.parametrize("prior_cost, verdict", [(-0.1, "yes"), (0.04, "yes"), (0.06, "no")])
+def test_claims(paper, prior_cost, verdict):
+    rows = paper.reproduce.claims(made_up_scores(paper, prior_cost), paper.experiments.Plan.full(), "tiny-sd")
+    by_text = {claim.text: claim.holds for claim in rows}
+    assert by_text.pop("prior loss raises the subject error by less than 0.05 (1 - identity cosine)") == verdict
+    assert list(by_text.values()) == ["not run"] * 5 + ["yes"] * 9
+    assert "1.0020 (DreamBooth) against 3.0020 (no prior loss); 0.5020 (untuned)" in claim_table(rows)
+
+
+def test_ablations_change_what_they_say(paper):
+    e, (subject,) = paper.experiments, subjects(1)
+    plan = e.Plan.full()
+    prompts = {name: paper.method.instance_prompt(plan.subject_config(subject, name)) for name in e.ABLATIONS}
+    assert prompts == {
+        e.PROPOSAL: "a photo of a sks bear", e.NO_PRIOR: "a photo of a sks bear",
+        e.WRONG_NOUN: "a photo of a sks vase", e.NO_NOUN: "a photo of a sks",
+    }  # fmt: skip
+    weights = [plan.subject_config(subject, name).prior_loss_weight for name in e.ABLATIONS]
+    assert weights == [1.0, 0.0, 0.0, 0.0]
+    assert e.OTHER_NOUN not in {s.class_noun for s in subjects(plan.num_subjects)}
+
+
+def test_reference_photos_of_the_benchmark_are_not_the_training_photos(paper):
+    (subject,) = subjects(1)
+    scored = paper.experiments.benchmark_subject(subject, paper.experiments.Plan.full())
+    assert scored.prompts[0] == "a photo of a {token} {class}" and len(scored.prompts) == 7
+    assert not any(torch.equal(a, b) for a in scored.pixel_values for b in subject.images)
+    assert all("class" not in wanted for wanted in scored.expected) and all(scored.expected[1:])
+
+
+def test_baseline_trains_one_vector_only(paper, backbone):
+    e = paper.experiments
+    config = dataclasses.replace(e.Plan.quick().config, class_noun="dog")
+    method = e.Inversion(backbone, config)
+    batch = {
+        "latents": torch.randn(2, 4, 16, 16),
+        "prompt": [config.prompt_template.format(e.INVERSION_TOKEN)] * 2,
+        "sample_keys": torch.arange(2),
+    }
+    method.training_loss(batch).backward()
+    (vectors,) = method.parameters()
+    assert vectors.shape == (1, 256) and vectors.grad.abs().sum() > 0
+    assert all(p.grad is None for module in backbone.modules for p in module.parameters())
+
+
+def test_quick_never_writes_into_the_papers_folder(paper):
+    with pytest.raises(ValueError, match="--output"):
+        paper.reproduce.main(["--quick", "--output", str(paper.reproduce.HERE)])
