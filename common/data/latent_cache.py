@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import PIL
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.data.image_folder import ImageFolder
 from common.data.images import PREPROCESSING_VERSION
@@ -105,10 +105,10 @@ def _in_float32(vae: nn.Module) -> Iterator[None]:
     """SDXL's VAE overflows in float16; half precision to float32 and back changes no bit."""
     dtype = vae.dtype
     try:
-        vae.to(torch.float32)
+        nn.Module.to(vae, dtype=torch.float32)  # not diffusers' own, which warns
         yield
     finally:
-        vae.to(dtype)
+        nn.Module.to(vae, dtype=dtype)
 
 
 def _moments(

@@ -47,10 +47,19 @@ def export(config: ExportConfig) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(config.output, max_shard_size=MAX_SHARD)
     save_tokenizer(pipeline.tokenizer, config.output / "tokenizer")
+    forget_origin(config.output)
     _, header = load_safetensors(config.unet_run / "checkpoint.safetensors")
     atomic_write_text(config.output / "training.json", header["progress"] + "\n")
     write_card(config.output)
     print(f"written to {config.output}, {folder_bytes(config.output) / 2**20:.1f} MiB")
+
+
+def forget_origin(folder: Path) -> None:
+    """Take out of the configs the folders that the parts were read from."""
+    for path in folder.rglob("*config.json"):
+        settings = json.loads(path.read_text("utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            atomic_write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def folder_bytes(folder: Path) -> int:
