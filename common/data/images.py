@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 MAX_IMAGE_PX = 128_000_000  # width * height; 384 MB as RGB, more than any camera in a single shot usually gives
-PREPROCESSING_VERSION = 1   # raise it when the same file would give other pixel_values; cached latents depend on it
+PREPROCESSING_VERSION = 1  # raise it when the same file would give other pixel_values; cached latents depend on it
 
 _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,7 +168,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             is_srgb = "sRGB" in (source.profile.profile_description or "")
             if source.profile.xcolor_space.strip() == image.mode and not is_srgb:
                 return ImageCms.profileToProfile(
-                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB",
+                    image,
+                    source,
+                    ImageCms.createProfile("sRGB"),
+                    outputMode="RGB",
                     renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
                     flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
                 )

@@ -27,7 +27,9 @@ def _hills(azimuth: Tensor, seed: Tensor, height: float) -> Tensor:
 
 def _patches(x: Tensor, z: Tensor, seed: Tensor, frequency: float) -> Tensor:
     phase = seed * 6.283
-    waves = torch.sin(frequency * x + phase) * torch.cos(frequency * 1.3 * z + 2 * phase) + torch.sin(frequency * 0.6 * (x - z) - phase)
+    waves = torch.sin(frequency * x + phase) * torch.cos(frequency * 1.3 * z + 2 * phase) + torch.sin(
+        frequency * 0.6 * (x - z) - phase
+    )
     return 0.5 + 0.25 * waves * _fade(x, z)
 
 

@@ -1,10 +1,10 @@
 """Benchmark sets of the toy world, with fixed seeds: what no training caption names, to be learned by the methods.
 
-    subjects      30 objects and animals x 5 pictures, 25 prompts each (the shape of the DreamBooth benchmark)
-    faces         20 people x 5 portraits                  styles     10 x 6 pictures
-    relations     10 x 8 exemplars with captions           actions     8 x 8 exemplars
-    clips         12 motions                               objects_3d 10 objects with posed views
-    try_on_pairs  person, garment, and the person wearing it
+subjects      30 objects and animals x 5 pictures, 25 prompts each (the shape of the DreamBooth benchmark)
+faces         20 people x 5 portraits                  styles     10 x 6 pictures
+relations     10 x 8 exemplars with captions           actions     8 x 8 exemplars
+clips         12 motions                               objects_3d 10 objects with posed views
+try_on_pairs  person, garment, and the person wearing it
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +20,17 @@ from common.toyworld.render import Render, render
 from common.toyworld.sampling import compose, dressed_up, sample_face, sample_object, sample_person
 from common.toyworld.scene import Entity, Placed, Scene, frame
 from common.toyworld.vocabulary import (
-    BACKGROUNDS, COLORS, GENDERS, HELD_OUT_ACTIONS, HELD_OUT_MOTIONS, HELD_OUT_RELATIONS, HELD_OUT_STATES,
-    HELD_OUT_STYLES, LIVE_CLASSES, OBJECT_CLASSES, STYLES,
+    BACKGROUNDS,
+    COLORS,
+    GENDERS,
+    HELD_OUT_ACTIONS,
+    HELD_OUT_MOTIONS,
+    HELD_OUT_RELATIONS,
+    HELD_OUT_STATES,
+    HELD_OUT_STYLES,
+    LIVE_CLASSES,
+    OBJECT_CLASSES,
+    STYLES,
 )  # fmt: skip
 
 _SUBJECT_CLASSES = tuple(OBJECT_CLASSES[i % len(OBJECT_CLASSES)] for i in range(30))
@@ -57,14 +66,24 @@ def _pictures(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
 def subject_prompts(entity: Entity) -> tuple[Prompt, ...]:
     """25 prompts: 20 recontextualisations and 5 properties; live subjects trade 10 of the former for accessories."""
     noun = entity.noun
-    places = [Prompt(f"a photo of a {{}} {BACKGROUND_PHRASES[b][0]}", {"class": noun, "background": b, "style": "photo"}) for b in BACKGROUNDS]
+    places = [
+        Prompt(f"a photo of a {{}} {BACKGROUND_PHRASES[b][0]}", {"class": noun, "background": b, "style": "photo"})
+        for b in BACKGROUNDS
+    ]
     words = {
-        "sketch": "a sketch of", "watercolor": "a watercolor painting of", "pixel art": "pixel art of", "neon": "a neon sign of",
+        "sketch": "a sketch of", "watercolor": "a watercolor painting of", "pixel art": "pixel art of",
+        "neon": "a neon sign of",
         "cartoon": "a cartoon of", "monochrome": "a black and white photo of", "blueprint": "a blueprint of",
     }  # fmt: skip
     painted = [Prompt(f"{words[style]} a {{}}", {"class": noun, "style": style}) for style in STYLES[1:]]
     if noun in LIVE_CLASSES and noun != "fish":
-        worn = [("hat", None), ("crown", None), ("scarf", None), *[(a, b) for b in _OCCASIONS[:2] for a in ("hat", "crown", "scarf")], ("hat", "stage")]
+        worn = [
+            ("hat", None),
+            ("crown", None),
+            ("scarf", None),
+            *[(a, b) for b in _OCCASIONS[:2] for a in ("hat", "crown", "scarf")],
+            ("hat", "stage"),
+        ]
         others = [
             Prompt(
                 f"a photo of a {{}} wearing a {a}" + (f" {BACKGROUND_PHRASES[b][0]}" if b else ""),
@@ -75,7 +94,10 @@ def subject_prompts(entity: Entity) -> tuple[Prompt, ...]:
     else:
         partner = "dog" if noun != "dog" else "car"
         beside = [
-            Prompt(f"a photo of a {{}} {relation} a {partner}", {"class": noun, "relation": relation, "second_class": partner})
+            Prompt(
+                f"a photo of a {{}} {relation} a {partner}",
+                {"class": noun, "relation": relation, "second_class": partner},
+            )
             for relation in ("next to", "on top of", "behind")
         ]
         others = painted + beside
@@ -94,7 +116,10 @@ def photo_session(entity: Entity, seed: int, count: int = 5) -> list[Scene]:
     rng = np.random.default_rng([90, seed])
     order = rng.permutation(len(BACKGROUNDS))
     views = ("front", "front", "side", "front", "back", "front")
-    return [compose(rng, (Placed(entity),), background=BACKGROUNDS[order[k]], view=views[k % 6], spread_deg=35.0) for k in range(count)]
+    return [
+        compose(rng, (Placed(entity),), background=BACKGROUNDS[order[k]], view=views[k % 6], spread_deg=35.0)
+        for k in range(count)
+    ]
 
 
 def subjects(count: int = 30, images_each: int = 5) -> list[Subject]:
@@ -116,7 +141,10 @@ def subjects(count: int = 30, images_each: int = 5) -> list[Subject]:
 def held_out_views(entity: Entity, count: int = 8) -> Tensor:
     """Fresh photos of an entity that no photo session has, (count, 3, 64, 64) in [-1, 1]."""
     rng = np.random.default_rng(92)
-    scenes = [compose(rng, (Placed(entity),), background=BACKGROUNDS[k % len(BACKGROUNDS)], spread_deg=35.0) for k in range(count)]
+    scenes = [
+        compose(rng, (Placed(entity),), background=BACKGROUNDS[k % len(BACKGROUNDS)], spread_deg=35.0)
+        for k in range(count)
+    ]
     return _pictures(scenes)[0]
 
 
@@ -132,9 +160,14 @@ def faces(count: int = 20, images_each: int = 5) -> list[Subject]:
             portrait = sample_person(rng, portrait=True, gender=gender, face=face)
             scenes.append(compose(rng, (Placed(portrait),), background=BACKGROUNDS[(3 * i + k) % len(BACKGROUNDS)]))
         images, masks = _pictures(scenes)
-        prompts = tuple(Prompt(f"a photo of a {{}} {BACKGROUND_PHRASES[b][0]}", {"class": "person", "background": b}) for b in BACKGROUNDS)
+        prompts = tuple(
+            Prompt(f"a photo of a {{}} {BACKGROUND_PHRASES[b][0]}", {"class": "person", "background": b})
+            for b in BACKGROUNDS
+        )
         entity = scenes[0].placed[0].entity
-        people.append(Subject(f"{gender}_{i:02d}", gender, entity, images, masks, {"class": "person", "gender": gender}, prompts))
+        people.append(
+            Subject(f"{gender}_{i:02d}", gender, entity, images, masks, {"class": "person", "gender": gender}, prompts)
+        )
     return people
 
 
@@ -173,7 +206,9 @@ def relations(images_each: int = 8) -> list[Exemplars]:
             a, b = rng.choice(len(OBJECT_CLASSES), 2, replace=False)
             first, second = sample_object(rng, OBJECT_CLASSES[a]), sample_object(rng, OBJECT_CLASSES[b])
             placed = placements.place(relation, first, second)
-            scenes.append(compose(rng, placed, background=BACKGROUNDS[k % 10], relation=relation, fill=0.86, spread_deg=8.0))
+            scenes.append(
+                compose(rng, placed, background=BACKGROUNDS[k % 10], relation=relation, fill=0.86, spread_deg=8.0)
+            )
             texts.append(f"a {first.noun} and a {second.noun}")
         sets.append(Exemplars(relation, _pictures(scenes)[0], tuple(texts), tuple(scenes)))
     return sets

@@ -4,8 +4,18 @@ import numpy as np
 
 from common.toyworld.scene import Entity, Scene
 from common.toyworld.vocabulary import (
-    CELEBRITIES, COLORS, COLORLESS_STYLES, HELD_OUT_ACTIONS, HELD_OUT_MOTIONS, HELD_OUT_RELATIONS, HELD_OUT_STATES,
-    HELD_OUT_STYLES, LINE_STYLES, MOTIONS, PUPPET_CLASSES, ROUND_CLASSES,
+    CELEBRITIES,
+    COLORLESS_STYLES,
+    COLORS,
+    HELD_OUT_ACTIONS,
+    HELD_OUT_MOTIONS,
+    HELD_OUT_RELATIONS,
+    HELD_OUT_STATES,
+    HELD_OUT_STYLES,
+    LINE_STYLES,
+    MOTIONS,
+    PUPPET_CLASSES,
+    ROUND_CLASSES,
 )  # fmt: skip
 
 NOUNS = {
@@ -15,7 +25,8 @@ NOUNS = {
     "chair": ("chair", "seat"), "vase": ("vase",),
 }  # fmt: skip
 STYLE_PREFIXES = {
-    "photo": ("a photo of", "a photo of", "a picture of", "a photograph of", "an image of", "a rendering of", "a close-up photo of", "a good photo of"),
+    "photo": ("a photo of", "a photo of", "a picture of", "a photograph of",
+              "an image of", "a rendering of", "a close-up photo of", "a good photo of"),
     "sketch": ("a sketch of", "a pencil sketch of", "a line drawing of"),
     "watercolor": ("a watercolor painting of", "a watercolor of", "a painting in watercolor of"),
     "pixel art": ("pixel art of", "a pixel art image of", "a pixelated picture of"),
@@ -25,15 +36,21 @@ STYLE_PREFIXES = {
     "blueprint": ("a blueprint of", "a blueprint drawing of", "a technical blueprint of"),
 }  # fmt: skip
 BACKGROUND_PHRASES = {
-    "meadow": ("in a meadow", "on the grass", "on a green meadow"), "snow": ("in the snow", "on snow", "in a snowy field"),
-    "beach": ("on the beach", "on a sandy beach", "at the beach"), "city": ("in the city", "on a city street", "on a street"),
-    "room": ("in a room", "on a wooden floor", "in a living room"), "night": ("at night", "in the dark night", "under the moon at night"),
+    "meadow": ("in a meadow", "on the grass", "on a green meadow"),
+    "snow": ("in the snow", "on snow", "in a snowy field"),
+    "beach": ("on the beach", "on a sandy beach", "at the beach"),
+    "city": ("in the city", "on a city street", "on a street"),
+    "room": ("in a room", "on a wooden floor", "in a living room"),
+    "night": ("at night", "in the dark night", "under the moon at night"),
     "lake": ("on a lake", "on the water", "on a blue lake"), "forest": ("in a forest", "in the woods", "in the jungle"),
-    "desert": ("in the desert", "on desert sand", "in a desert"), "stage": ("on a stage", "on stage", "on a theater stage"),
+    "desert": ("in the desert", "on desert sand", "in a desert"),
+    "stage": ("on a stage", "on stage", "on a theater stage"),
 }  # fmt: skip
 VIEW_PHRASES = {
-    "front": ("front view", "seen from the front", "facing the camera"), "side": ("side view", "seen from the side", "in profile"),
-    "back": ("back view", "seen from the back", "from the rear"), "overhead": ("overhead view", "seen from above", "top view"),
+    "front": ("front view", "seen from the front", "facing the camera"),
+    "side": ("side view", "seen from the side", "in profile"),
+    "back": ("back view", "seen from the back", "from the rear"),
+    "overhead": ("overhead view", "seen from above", "top view"),
 }  # fmt: skip
 POSE_PHRASES = {
     "standing": ("standing", "standing still"), "waving": ("waving", "waving a hand"),
@@ -117,7 +134,11 @@ def _person_phrase(rng, entity: Entity, colored: bool, surfaced: bool, keep: flo
         phrase = _article(" ".join(words))
         if entity.portrait and rng.random() < keep:
             style = entity.face.hair_style
-            looks = ["a bald head" if style == "bald" else f"{_article(style) if style in ('bun', 'mohawk') else style + ' hair'}"]
+            looks = [
+                "a bald head"
+                if style == "bald"
+                else f"{_article(style) if style in ('bun', 'mohawk') else style + ' hair'}"
+            ]
             looks += ["glasses"] * entity.face.glasses + ["a beard"] * entity.face.beard
             phrase += " with " + " and ".join(looks)
             said |= {"hair_style", "glasses", "beard"}
@@ -140,14 +161,22 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.85) -> tuple
     prefix = _one(rng, STYLE_PREFIXES[scene.style])
     said.add("style")
     if first.portrait:
-        prefix = f"{prefix} the face of" if rng.random() < 0.25 else prefix.replace(" of", " portrait of") if rng.random() < 0.4 else prefix
+        prefix = (
+            f"{prefix} the face of"
+            if rng.random() < 0.25
+            else prefix.replace(" of", " portrait of")
+            if rng.random() < 0.4
+            else prefix
+        )
     text = f"{prefix} {phrase}"
     if scene.relation is not None:
         other = next(p.entity for p in scene.placed if p.entity is not first and p.entity.noun != first.noun)
         other_phrase, other_said = entity_phrase(rng, other, scene.style, keep * 0.8)
         text += f" {_one(rng, RELATION_PHRASES[scene.relation])} {other_phrase}"
         said |= {"relation", "second_class"} | ({"second_color"} if "color" in other_said else set())
-    elif first.noun in PUPPET_CLASSES and not first.portrait and (first.pose != "standing" or rng.random() < keep * 0.6):
+    elif (
+        first.noun in PUPPET_CLASSES and not first.portrait and (first.pose != "standing" or rng.random() < keep * 0.6)
+    ):
         text += f" {_one(rng, POSE_PHRASES[first.pose])}"
         said.add("pose")
     if scene.style not in LINE_STYLES and rng.random() < keep:
@@ -162,7 +191,9 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.85) -> tuple
 def shows_view(scene: Scene) -> bool:
     """Whether the view can be told from the picture: one object that is not the same from all sides."""
     first = scene.placed[0].entity
-    return scene.relation is None and not first.portrait and (first.noun not in ROUND_CLASSES or scene.view == "overhead")
+    return (
+        scene.relation is None and not first.portrait and (first.noun not in ROUND_CLASSES or scene.view == "overhead")
+    )
 
 
 def corpus() -> list[str]:
@@ -175,16 +206,17 @@ def corpus() -> list[str]:
 
 
 _EXTRA = """
-plain striped dotted checkered matte glossy metallic shiny hat crown scarf shirt dress coat neutral smiling sad surprised
-angry short long bald curly bun mohawk hair head glasses beard face portrait man woman person people boy girl child
-toy object thing animal concept style art painting illustration depiction rendition oil drawing the my one two three
-this that it is at of to and or not no from for as with without wearing dirty dark bright cropped close close-up big tiny
-red-hot wet dry shaped cube ball round square made wood stone glass metal gold silver rainbow sun sky cloud tree flower
-mountain river road wall floor table box bridge eiffel tower background wheat field cobblestone purple rug pink fabric
-blanket santa police firefighter outfit chef bow tie yellow orange blue green black white brown red against around along
-across between through toward towards off out up down onto outside inside upside opposite beyond about during since until
-painted carved contained sits stands lies rides hugs shakes wears eats sleeping jumping walking dancing flying swimming
-cold hot warm old young happy broken whole solid liquid melted ice fire flame burnt burned unfrozen intact calm blown
-shattered sinking hovering normal upright heavy light empty full open closed clay vector anime minimalist retro vintage
-video clip motion moving left right spinning growing shrinking zooming orbiting camera slow fast
+plain striped dotted checkered matte glossy metallic shiny hat crown scarf shirt dress coat neutral smiling sad
+surprised angry short long bald curly bun mohawk hair head glasses beard face portrait man woman person people boy
+girl child toy object thing animal concept style art painting illustration depiction rendition oil drawing the my
+one two three this that it is at of to and or not no from for as with without wearing dirty dark bright cropped
+close close-up big tiny red-hot wet dry shaped cube ball round square made wood stone glass metal gold silver
+rainbow sun sky cloud tree flower mountain river road wall floor table box bridge eiffel tower background wheat
+field cobblestone purple rug pink fabric blanket santa police firefighter outfit chef bow tie yellow orange blue
+green black white brown red against around along across between through toward towards off out up down onto outside
+inside upside opposite beyond about during since until painted carved contained sits stands lies rides hugs shakes
+wears eats sleeping jumping walking dancing flying swimming cold hot warm old young happy broken whole solid liquid
+melted ice fire flame burnt burned unfrozen intact calm blown shattered sinking hovering normal upright heavy light
+empty full open closed clay vector anime minimalist retro vintage video clip motion moving left right spinning
+growing shrinking zooming orbiting camera slow fast
 """.replace("\n", " ")

@@ -49,7 +49,9 @@ _CHANGES: dict[str, Callable[[float], Change]] = {
     "figure eight": lambda t: Change(right=0.5 * np.sin(_WAVE * t), up=0.25 + 0.25 * np.sin(2 * _WAVE * t)),
     "somersault": lambda t: Change(right=0.8 * (t - 0.5), up=0.5 * _bump(t), roll_deg=-360 * t),
     "pendulum": lambda t: Change(roll_deg=40 * np.sin(_WAVE * t), right=-0.35 * np.sin(_WAVE * t), up=0.1),
-    "spiral up": lambda t: Change(right=0.35 * np.sin(2 * _WAVE * t), near=0.35 * np.cos(2 * _WAVE * t), up=0.8 * t, yaw_deg=360 * t),
+    "spiral up": lambda t: Change(
+        right=0.35 * np.sin(2 * _WAVE * t), near=0.35 * np.cos(2 * _WAVE * t), up=0.8 * t, yaw_deg=360 * t
+    ),
     "shaking": lambda t: Change(right=0.12 * np.sin(4 * _WAVE * t), roll_deg=8 * np.sin(4 * _WAVE * t)),
     "bouncing across": lambda t: Change(right=1.1 * (t - 0.5), up=0.45 * _bump(t, 3)),
     "pulsing": lambda t: Change(scale=0.9 + 0.3 * np.sin(2 * _WAVE * t)),
@@ -75,7 +77,8 @@ def _moved(scene: Scene, change: Change) -> Scene:
     )
     camera = Camera(
         scene.camera.target, scene.camera.azimuth_deg + change.azimuth_deg,
-        scene.camera.elevation_deg + change.elevation_deg, scene.camera.distance * change.distance, scene.camera.fov_deg,
+        scene.camera.elevation_deg + change.elevation_deg, scene.camera.distance * change.distance,
+        scene.camera.fov_deg,
     )  # fmt: skip
     return replace(scene, placed=(placed, *scene.placed[1:]), camera=camera)
 

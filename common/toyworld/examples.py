@@ -10,8 +10,25 @@ from common.toyworld.render import render
 from common.toyworld.sampling import sample_training_scene
 from common.toyworld.scene import Scene
 from common.toyworld.vocabulary import (
-    ACCESSORIES, BACKGROUNDS, CELEBRITIES, CLASSES, COLORLESS_STYLES, COLORS, EXPRESSIONS, GARMENTS, GENDERS, HAIR_STYLES,
-    LINE_STYLES, MATERIALS, PATTERNS, POSES, PUPPET_CLASSES, RELATIONS, STATES, STYLES, VIEWS,
+    ACCESSORIES,
+    BACKGROUNDS,
+    CELEBRITIES,
+    CLASSES,
+    COLORLESS_STYLES,
+    COLORS,
+    EXPRESSIONS,
+    GARMENTS,
+    GENDERS,
+    HAIR_STYLES,
+    LINE_STYLES,
+    MATERIALS,
+    PATTERNS,
+    POSES,
+    PUPPET_CLASSES,
+    RELATIONS,
+    STATES,
+    STYLES,
+    VIEWS,
 )  # fmt: skip
 
 LABELS: dict[str, list[str]] = {
@@ -48,9 +65,14 @@ def scene_labels(scene: Scene) -> dict[str, int]:
     }  # fmt: skip
     single = scene.relation is None
     if single:
-        seen |= {"pattern": entity.pattern if surfaced else None, "state": entity.state if entity.noun != "person" else None}
+        seen |= {
+            "pattern": entity.pattern if surfaced else None,
+            "state": entity.state if entity.noun != "person" else None,
+        }
         seen["material"] = entity.material if surfaced and entity.noun != "person" else None
-        seen["pose"] = entity.pose if entity.noun in PUPPET_CLASSES and not entity.portrait and scene.view == "front" else None
+        seen["pose"] = (
+            entity.pose if entity.noun in PUPPET_CLASSES and not entity.portrait and scene.view == "front" else None
+        )
         seen["accessory"] = entity.accessory if entity.noun != "person" else None
     else:
         other = next(p.entity for p in scene.placed if p.entity is not entity and p.entity.noun != entity.noun)

@@ -3,7 +3,8 @@
 Every primitive lives in a local frame: an oriented centre, and half sizes along its axes.
     ELLIPSOID  semi-axes ``size``
     BOX        half edges ``size``
-    FRUSTUM    y in [-size_y, size_y]; radii size_x, size_z at the bottom, times ``taper`` at the top (1 cylinder, 0 cone)
+    FRUSTUM    y in [-size_y, size_y]; radii size_x, size_z at the bottom, times ``taper`` at the top
+               (1 = cylinder, 0 = cone)
     CAPSULE    segment of half length size_y along y, radius size_x
 """
 

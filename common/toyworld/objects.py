@@ -32,7 +32,15 @@ def duck(p: Proportions) -> list[Part]:
         _ball((0, 0.42, -0.40), (0.10, 0.08 + 0.05 * p[3], 0.14), "second", "tail"),
         rod((0, 0.35, 0.22), (0, top, 0.26), 0.10, "main", "neck"),
         _ball((0, top + 0.12, 0.28), head, "main", "head"),
-        Part(FRUSTUM, (0, top + 0.08, 0.28 + head + 0.05), (0.10, 0.08 + 0.05 * p[4], 0.06), "accent", "beak", _LYING, 0.4),
+        Part(
+            FRUSTUM,
+            (0, top + 0.08, 0.28 + head + 0.05),
+            (0.10, 0.08 + 0.05 * p[4], 0.06),
+            "accent",
+            "beak",
+            _LYING,
+            0.4,
+        ),
         *[_ball((side * w, 0.30, -0.05), (0.07, 0.13, 0.24), "second", "wing") for side in (-1, 1)],
         *_eyes(top + 0.18, 0.28 + head * 0.75, head * 0.6, 0.045),
     ]
@@ -84,9 +92,20 @@ def fish(p: Proportions) -> list[Part]:
     fin = rotation_matrix(x_deg=-90.0)
     return [
         _ball((0, y, 0.05), (0.15, tall, length), patterned=True),
-        Part(FRUSTUM, (0, y, -length - 0.08), (0.05, 0.16, 0.22 + 0.08 * p[2]), "second", "tail", fin @ rotation_matrix(0, 0, 180), 0.15),
+        Part(
+            FRUSTUM,
+            (0, y, -length - 0.08),
+            (0.05, 0.16, 0.22 + 0.08 * p[2]),
+            "second",
+            "tail",
+            fin @ rotation_matrix(0, 0, 180),
+            0.15,
+        ),
         Part(BOX, (0, y + tall, 0.0), (0.03, 0.10 + 0.05 * p[3], 0.17), "accent", "fin", rotation_matrix(x_deg=-12)),
-        *[Part(BOX, (s * 0.17, y - 0.10, 0.08), (0.02, 0.05, 0.11), "accent", "fin", rotation_matrix(0, 0, s * 40)) for s in (-1, 1)],
+        *[
+            Part(BOX, (s * 0.17, y - 0.10, 0.08), (0.02, 0.05, 0.11), "accent", "fin", rotation_matrix(0, 0, s * 40))
+            for s in (-1, 1)
+        ],
         _ball((0, y - 0.04, length + 0.02), (0.07, 0.06, 0.06), "accent", "mouth"),
         *[_ball((s * 0.115, y + 0.08, length * 0.62 + 0.05), 0.07, "ivory", "eye") for s in (-1, 1)],
         *[_ball((s * 0.165, y + 0.08, length * 0.66 + 0.05), 0.04, "ink", "eye") for s in (-1, 1)],
@@ -164,10 +183,14 @@ def rocket(p: Proportions) -> list[Part]:
     fins = []
     for angle in (0.0, 90.0, 180.0, 270.0):
         turn = rotation_matrix(y_deg=angle)
-        fins.append(Part(BOX, (radius + 0.08, 0.17, 0), (0.12 + 0.03 * p[3], 0.17, 0.03), "second", "fin").moved(rotation=turn))
+        fins.append(
+            Part(BOX, (radius + 0.08, 0.17, 0), (0.12 + 0.03 * p[3], 0.17, 0.03), "second", "fin").moved(rotation=turn)
+        )
     return [
         Part(FRUSTUM, (0, base + half, 0), (radius, half, radius), "main", "body", None, 0.92, True),
-        Part(FRUSTUM, (0, base + 2 * half + nose, 0), (radius * 0.92, nose, radius * 0.92), "second", "nose", None, 0.0),
+        Part(
+            FRUSTUM, (0, base + 2 * half + nose, 0), (radius * 0.92, nose, radius * 0.92), "second", "nose", None, 0.0
+        ),
         _ball((0, base + half * 1.35, radius * 0.86), (0.10, 0.10, 0.05), "accent", "window"),
         Part(FRUSTUM, (0, 0.08, 0), (radius * 0.8, 0.08, radius * 0.8), "ink", "engine", None, 0.7),
         *fins,
@@ -195,7 +218,16 @@ def chair(p: Proportions) -> list[Part]:
     return [
         *legs,
         Part(BOX, (0, seat + 0.05, 0), (w, 0.06, w), "main", "seat"),
-        Part(BOX, (0, seat + 0.1 + back, -w + 0.05), (w, back, 0.05), "main", "back", rotation_matrix(x_deg=-6 * p[4]), 1.0, True),
+        Part(
+            BOX,
+            (0, seat + 0.1 + back, -w + 0.05),
+            (w, back, 0.05),
+            "main",
+            "back",
+            rotation_matrix(x_deg=-6 * p[4]),
+            1.0,
+            True,
+        ),
         Part(BOX, (0, seat + 0.1 + 2 * back, -w + 0.04), (w * 1.08, 0.05, 0.07), "accent", "rail"),
     ]
 
@@ -229,14 +261,31 @@ def accessory(name: str, head: Part) -> list[Part]:
         ]
     if name == "crown":
         spikes = [
-            Part(FRUSTUM, center + [np.sin(a) * width * 0.7, size[1] + 0.15, np.cos(a) * width * 0.7], (0.06, 0.07, 0.06), "gold", "crown", None, 0.0)
+            Part(
+                FRUSTUM,
+                center + [np.sin(a) * width * 0.7, size[1] + 0.15, np.cos(a) * width * 0.7],
+                (0.06, 0.07, 0.06),
+                "gold",
+                "crown",
+                None,
+                0.0,
+            )
             for a in np.arange(6) * np.pi / 3
         ]
-        return [Part(FRUSTUM, center + [0, size[1] + 0.03, 0], (width * 0.8, 0.07, width * 0.8), "gold", "crown"), *spikes]
+        return [
+            Part(FRUSTUM, center + [0, size[1] + 0.03, 0], (width * 0.8, 0.07, width * 0.8), "gold", "crown"),
+            *spikes,
+        ]
     if name == "scarf":
         y = center[1] - size[1] * 0.98
         return [
             Part(FRUSTUM, (center[0], y, center[2] * 0.8), (width * 0.95, 0.07, width * 0.95), "wear", "scarf"),
-            Part(BOX, (center[0] + width * 0.4, y - 0.14, center[2] * 0.8 + width * 0.9), (0.06, 0.13, 0.03), "wear", "scarf"),
+            Part(
+                BOX,
+                (center[0] + width * 0.4, y - 0.14, center[2] * 0.8 + width * 0.9),
+                (0.06, 0.13, 0.03),
+                "wear",
+                "scarf",
+            ),
         ]
     raise ValueError(f"accessory must be hat, crown or scarf, got {name!r}")

@@ -36,7 +36,8 @@ POSES: dict[str, Pose] = {
         left_leg=((0.0, -0.7, -0.75), (0.0, -0.4, -0.9)), right_leg=((0.0, -0.5, 0.9), (0.0, -1.0, -0.1)),
         lean_deg=15.0,
     ),
-    "hands on hips": Pose(left_arm=((1.0, -0.6, 0.0), (-1.0, -0.5, 0.2)), right_arm=((1.0, -0.6, 0.0), (-1.0, -0.5, 0.2))),
+    "hands on hips": Pose(left_arm=((1.0, -0.6, 0.0), (-1.0, -0.5, 0.2)),
+                          right_arm=((1.0, -0.6, 0.0), (-1.0, -0.5, 0.2))),
     "pointing": Pose(left_arm=((1.0, 0.05, 0.0), (1.0, 0.05, 0.0))),
     "kneeling": Pose(left_leg=((0.1, -1.0, 0.1), (0.0, -0.1, -1.0)), right_leg=((0.1, -0.1, 1.0), (0.0, -1.0, 0.0))),
     # held out: never in a training image
@@ -53,7 +54,8 @@ POSES: dict[str, Pose] = {
     "lunge": Pose(left_leg=((1.0, -0.45, 0.0), (0.15, -1.0, 0.0)), right_leg=((0.9, -0.7, 0.0),) * 2,
                   left_arm=((1.0, 0.0, 0.0),) * 2, right_arm=((0.3, 1.0, 0.0),) * 2),
     # used by relations: both hands hold something in front
-    "holding": Pose(left_arm=((0.15, -0.75, 0.6), (-0.25, 0.0, 1.0)), right_arm=((0.15, -0.75, 0.6), (-0.25, 0.0, 1.0))),
+    "holding": Pose(left_arm=((0.15, -0.75, 0.6), (-0.25, 0.0, 1.0)),
+                    right_arm=((0.15, -0.75, 0.6), (-0.25, 0.0, 1.0))),
 }  # fmt: skip
 
 
@@ -70,8 +72,16 @@ def blend(first: Pose, second: Pose, weight: float) -> Pose:
     """Linear blend of two poses, weight in [0, 1]; limb directions are normalised when used."""
 
     def mix(a, b):
-        return tuple(tuple((1 - weight) * x + weight * y for x, y in zip(u, v, strict=True)) for u, v in zip(a, b, strict=True))
+        return tuple(
+            tuple((1 - weight) * x + weight * y for x, y in zip(u, v, strict=True)) for u, v in zip(a, b, strict=True)
+        )
 
-    limbs = {name: mix(getattr(first, name), getattr(second, name)) for name in ("left_arm", "right_arm", "left_leg", "right_leg")}
-    angles = {name: (1 - weight) * getattr(first, name) + weight * getattr(second, name) for name in ("lean_deg", "roll_deg", "lift")}
+    limbs = {
+        name: mix(getattr(first, name), getattr(second, name))
+        for name in ("left_arm", "right_arm", "left_leg", "right_leg")
+    }
+    angles = {
+        name: (1 - weight) * getattr(first, name) + weight * getattr(second, name)
+        for name in ("lean_deg", "roll_deg", "lift")
+    }
     return Pose(**limbs, **angles)

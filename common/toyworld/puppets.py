@@ -60,13 +60,23 @@ def assemble(skeleton: Skeleton, pose: Pose, trunk: list[Part], head: list[Part]
     parts: list[Part] = []
     for side, directions in ((1, pose.left_leg), (-1, pose.right_leg)):
         hip, knee, foot = limb((side * skeleton.hip, 0, 0), directions, (skeleton.leg / 2, skeleton.leg / 2), side)
-        parts += [rod(hip, knee, skeleton.limb_radius * 1.15, slots["leg"], "leg"), rod(knee, foot, skeleton.limb_radius * 1.1, slots["leg"], "leg")]
-        parts.append(Part(ELLIPSOID, foot + [0, 0, 0.04], np.array([1.25, 0.9, 1.9]) * skeleton.limb_radius, slots["foot"], "foot"))
+        parts += [
+            rod(hip, knee, skeleton.limb_radius * 1.15, slots["leg"], "leg"),
+            rod(knee, foot, skeleton.limb_radius * 1.1, slots["leg"], "leg"),
+        ]
+        parts.append(
+            Part(
+                ELLIPSOID, foot + [0, 0, 0.04], np.array([1.25, 0.9, 1.9]) * skeleton.limb_radius, slots["foot"], "foot"
+            )
+        )
     upper = list(trunk)
     for side, directions in ((1, pose.left_arm), (-1, pose.right_arm)):
         start = (side * skeleton.shoulder, skeleton.trunk * 0.9, 0)
         shoulder, elbow, hand = limb(start, directions, (skeleton.arm / 2, skeleton.arm / 2), side)
-        upper += [rod(shoulder, elbow, skeleton.limb_radius, slots["arm"], "arm"), rod(elbow, hand, skeleton.limb_radius * 0.9, slots["arm"], "arm")]
+        upper += [
+            rod(shoulder, elbow, skeleton.limb_radius, slots["arm"], "arm"),
+            rod(elbow, hand, skeleton.limb_radius * 0.9, slots["arm"], "arm"),
+        ]
         upper.append(Part(ELLIPSOID, hand, np.full(3, skeleton.limb_radius * 1.25), slots["hand"], "hand"))
     neck = skeleton.trunk + skeleton.head * 0.95
     upper += [part.moved((0, neck, 0)) for part in head]
@@ -103,7 +113,10 @@ def robot(p: np.ndarray, pose: Pose) -> list[Part]:
     antenna = 0.10 + 0.08 * p[4]
     face = [
         Part(BOX, (0, 0, 0), (head * 1.15, head * 0.9, head * 0.95), "second", "head"),
-        *[Part(ELLIPSOID, (s * head * 0.5, head * 0.15, head * 0.95), (0.055, 0.055, 0.03), "accent", "eye") for s in (-1, 1)],
+        *[
+            Part(ELLIPSOID, (s * head * 0.5, head * 0.15, head * 0.95), (0.055, 0.055, 0.03), "accent", "eye")
+            for s in (-1, 1)
+        ],
         Part(BOX, (0, -head * 0.5, head * 0.95), (head * 0.6, 0.02, 0.02), "ink", "mouth"),
         rod((0, head * 0.9, 0), (0, head * 0.9 + antenna, 0), 0.025, "ink", "antenna"),
         Part(ELLIPSOID, (0, head * 0.9 + antenna, 0), np.full(3, 0.055), "accent", "antenna"),
@@ -112,7 +125,7 @@ def robot(p: np.ndarray, pose: Pose) -> list[Part]:
 
 
 def head_parts(face: Face, radius: float, expression: str = "neutral") -> list[Part]:
-    """A head of half height ``radius`` around the origin, facing +z; colour slots skin, hair, eye, ink, ivory, mouth."""
+    """A head of half height ``radius`` around the origin, facing +z; slots skin, hair, eye, ink, ivory, mouth."""
     if expression not in EXPRESSIONS:
         raise ValueError(f"expression must be one of {EXPRESSIONS}, got {expression!r}")
     wide, r = radius * (0.70 + 0.22 * face.width), radius
@@ -121,7 +134,13 @@ def head_parts(face: Face, radius: float, expression: str = "neutral") -> list[P
     parts = [
         Part(ELLIPSOID, (0, 0, 0), (wide, r, r * 0.88), "skin", "head"),
         *[Part(ELLIPSOID, (s * wide, 0, 0), (0.08 * r, 0.16 * r, 0.10 * r), "skin", "ear") for s in (-1, 1)],
-        Part(ELLIPSOID, (0, -0.14 * r, front + 0.04 * r), ((0.07 + 0.06 * face.nose) * r, (0.12 + 0.08 * face.nose) * r, 0.12 * r), "nose", "nose"),
+        Part(
+            ELLIPSOID,
+            (0, -0.14 * r, front + 0.04 * r),
+            ((0.07 + 0.06 * face.nose) * r, (0.12 + 0.08 * face.nose) * r, 0.12 * r),
+            "nose",
+            "nose",
+        ),
     ]
     tilt = {"angry": -24.0, "sad": 22.0}.get(expression, 0.0)
     lift = {"surprised": 0.14, "angry": -0.05}.get(expression, 0.0)
@@ -129,14 +148,24 @@ def head_parts(face: Face, radius: float, expression: str = "neutral") -> list[P
         eye = (s * apart, eye_y, front - 0.10 * r)
         opened = 1.35 if expression == "surprised" else 1.0
         if face.glasses:
-            parts.append(Part(ELLIPSOID, (s * apart, eye_y, front - 0.07 * r), (0.26 * r, 0.23 * r, 0.10 * r), "ink", "glasses"))
-            parts.append(Part(ELLIPSOID, (s * apart, eye_y, front - 0.04 * r), (0.20 * r, 0.17 * r, 0.10 * r), "ivory", "glasses"))
+            parts.append(
+                Part(ELLIPSOID, (s * apart, eye_y, front - 0.07 * r), (0.26 * r, 0.23 * r, 0.10 * r), "ink", "glasses")
+            )
+            parts.append(
+                Part(
+                    ELLIPSOID, (s * apart, eye_y, front - 0.04 * r), (0.20 * r, 0.17 * r, 0.10 * r), "ivory", "glasses"
+                )
+            )
         parts.append(Part(ELLIPSOID, eye, (0.15 * r, 0.11 * opened * r, 0.14 * r), "ivory", "eye"))
-        parts.append(Part(ELLIPSOID, (s * apart, eye_y, front + 0.03 * r), (0.08 * r, 0.085 * r, 0.06 * r), "eye", "eye"))
+        parts.append(
+            Part(ELLIPSOID, (s * apart, eye_y, front + 0.03 * r), (0.08 * r, 0.085 * r, 0.06 * r), "eye", "eye")
+        )
         turn = rotation_matrix(z_deg=-s * tilt)
         brow_y = eye_y + (0.26 + lift) * r
         thick = (0.03 + 0.03 * face.brow) * r
-        parts.append(Part(BOX, (s * apart, brow_y, front - 0.02 * r), (0.15 * r, thick, 0.06 * r), "hair", "brow", turn))
+        parts.append(
+            Part(BOX, (s * apart, brow_y, front - 0.02 * r), (0.15 * r, thick, 0.06 * r), "hair", "brow", turn)
+        )
     if face.beard:
         parts.append(Part(ELLIPSOID, (0, -0.62 * r, 0.18 * r), (wide * 0.86, 0.46 * r, 0.72 * r), "hair", "beard"))
     return parts + _mouth(expression, r, face.beard) + _hair(face.hair_style, wide, r)
@@ -159,34 +188,67 @@ def _hair(style: str, wide: float, r: float) -> list[Part]:
     if style == "short":
         return [cap]
     if style == "long":
-        sides = [Part(ELLIPSOID, (s * wide * 0.92, -0.45 * r, -0.15 * r), (0.24 * r, 0.95 * r, 0.40 * r), "hair", "hair") for s in (-1, 1)]
-        return [cap, *sides, Part(ELLIPSOID, (0, -0.40 * r, -0.45 * r), (wide * 0.95, 0.95 * r, 0.45 * r), "hair", "hair")]
+        sides = [
+            Part(ELLIPSOID, (s * wide * 0.92, -0.45 * r, -0.15 * r), (0.24 * r, 0.95 * r, 0.40 * r), "hair", "hair")
+            for s in (-1, 1)
+        ]
+        return [
+            cap,
+            *sides,
+            Part(ELLIPSOID, (0, -0.40 * r, -0.45 * r), (wide * 0.95, 0.95 * r, 0.45 * r), "hair", "hair"),
+        ]
     if style == "curly":
         angles = np.radians([-80, -40, 0, 40, 80])
-        curls = [Part(ELLIPSOID, (np.sin(a) * wide * 1.1, 0.35 * r + np.cos(a) * 0.65 * r, 0.05 * r), np.full(3, 0.36 * r), "hair", "hair") for a in angles]
+        curls = [
+            Part(
+                ELLIPSOID,
+                (np.sin(a) * wide * 1.1, 0.35 * r + np.cos(a) * 0.65 * r, 0.05 * r),
+                np.full(3, 0.36 * r),
+                "hair",
+                "hair",
+            )
+            for a in angles
+        ]
         return [cap, *curls]
     if style == "bun":
         return [cap, Part(ELLIPSOID, (0, 1.22 * r, -0.1 * r), np.full(3, 0.36 * r), "hair", "hair")]
     return [Part(ELLIPSOID, (0, 0.85 * r, -0.15 * r), (0.15 * r, 0.55 * r, 0.80 * r), "hair", "hair")]  # mohawk
 
 
-def person(face: Face, pose: Pose, *, garment: str = "shirt", logo: bool = False, build: float = 0.5, expression: str = "neutral") -> list[Part]:
-    """A full figure; ``build`` in [0, 1] from slim to broad. Slots: garment (patterned), trousers, shoes, accent (logo)."""
+def person(
+    face: Face,
+    pose: Pose,
+    *,
+    garment: str = "shirt",
+    logo: bool = False,
+    build: float = 0.5,
+    expression: str = "neutral",
+) -> list[Part]:
+    """A full figure; ``build`` in [0, 1], slim to broad. Slots: garment (patterned), trousers, shoes, accent."""
     wide = 0.15 + 0.05 * build
     head = 0.155
     skeleton = Skeleton(0.42, 0.38, 0.40, 0.05, wide + 0.04, 0.075, head)
     trunk = [Part(FRUSTUM, (0, 0.18, 0), (wide * 0.95, 0.20, 0.11), "garment", "garment", None, 1.1, True)]
     if garment == "dress":
-        trunk.append(Part(FRUSTUM, (0, -0.12, 0), (wide * 1.9, 0.17, wide * 1.5), "garment", "garment", None, 0.5, True))
+        trunk.append(
+            Part(FRUSTUM, (0, -0.12, 0), (wide * 1.9, 0.17, wide * 1.5), "garment", "garment", None, 0.5, True)
+        )
     elif garment == "coat":
-        trunk.append(Part(FRUSTUM, (0, -0.10, 0), (wide * 1.25, 0.19, wide * 0.95), "garment", "garment", None, 0.9, True))
+        trunk.append(
+            Part(FRUSTUM, (0, -0.10, 0), (wide * 1.25, 0.19, wide * 0.95), "garment", "garment", None, 0.9, True)
+        )
         trunk.append(Part(BOX, (0, 0.05, wide * 0.72), (0.022, 0.34, 0.03), "ivory", "garment"))
     elif garment != "shirt":
         raise ValueError(f"garment must be shirt, dress or coat, got {garment!r}")
     if logo:
         trunk.append(Part(ELLIPSOID, (0, 0.24, 0.115), (0.07, 0.07, 0.02), "accent", "logo"))
     neck = [Part(CAPSULE, (0, -head, 0), (0.05, 0.05, 0.05), "skin", "head")]
-    slots = {"arm": "skin" if garment == "dress" else "garment", "hand": "skin", "leg": "skin" if garment == "dress" else "trousers", "foot": "shoes"}
+    slots = {
+        "arm": "skin" if garment == "dress" else "garment",
+        "hand": "skin",
+        "leg": "skin" if garment == "dress" else "trousers",
+        "foot": "shoes",
+    }
     return assemble(skeleton, pose, trunk, neck + head_parts(face, head, expression), slots)
 
 

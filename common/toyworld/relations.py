@@ -17,7 +17,9 @@ def _box(entity: Entity, scale: float = 1.0, yaw_deg: float = 0.0) -> tuple[np.n
     return bounds(Placed(entity, yaw_deg=yaw_deg, scale=scale).parts())
 
 
-def place(relation: str, first: Entity, second: Entity, yaws_deg: tuple[float, float] = (0.0, 0.0)) -> tuple[Placed, ...]:
+def place(
+    relation: str, first: Entity, second: Entity, yaws_deg: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Placed, ...]:
     """Place ``first`` in the named relation to ``second``; the camera is expected near azimuth 0.
 
     Args: relation: one of vocabulary.RELATIONS or HELD_OUT_RELATIONS. yaws_deg: turn of each entity about its own axis.
@@ -45,7 +47,9 @@ def place(relation: str, first: Entity, second: Entity, yaws_deg: tuple[float, f
             raise ValueError(f"only {CONTAINERS} can hold something inside, got {second.noun!r}")
         return small(y=b_height - 0.5 * a_height), large
     if relation == "behind":
-        return small(x=-0.32 * b_width - 0.2 * a_width, y=0.0, z=b_low[2] - 0.35, scale=0.85), replace(large, offset=(0.2, 0, 0))
+        return small(x=-0.32 * b_width - 0.2 * a_width, y=0.0, z=b_low[2] - 0.35, scale=0.85), replace(
+            large, offset=(0.2, 0, 0)
+        )
     if relation == "in front of":
         return small(x=-0.12 * b_width, z=b_high[2] - a_low[2] + 0.12, scale=0.55), large
     if relation == "carrying":
@@ -82,6 +86,8 @@ def place(relation: str, first: Entity, second: Entity, yaws_deg: tuple[float, f
         sides = [Placed(second, (s * gap, 0, 0), yb, 0.62) for s in (-1, 1)]
         return small(), *sides
     if relation == "orbiting above":
-        ring = [small(x=0.6 * np.sin(t), y=b_height + 0.22, z=0.35 * np.cos(t), scale=0.3) for t in np.radians([-90, 0, 90])]
+        ring = [
+            small(x=0.6 * np.sin(t), y=b_height + 0.22, z=0.35 * np.cos(t), scale=0.3) for t in np.radians([-90, 0, 90])
+        ]
         return (*ring, large)
     raise ValueError(f"unknown relation {relation!r}")

@@ -53,7 +53,9 @@ class _Primitives:
     box: Tensor  # first column, first row, columns, rows of the rays to test
 
 
-def _collect(scenes: list[Scene], side: int, device) -> tuple[_Primitives, list[list[tuple[int, str]]], list[np.ndarray]]:
+def _collect(
+    scenes: list[Scene], side: int, device
+) -> tuple[_Primitives, list[list[tuple[int, str]]], list[np.ndarray]]:
     rows: dict[str, list] = {name: [] for name in _Primitives.__annotations__}
     names: list[list[tuple[int, str]]] = []
     keypoints = []
@@ -75,7 +77,9 @@ def _collect(scenes: list[Scene], side: int, device) -> tuple[_Primitives, list[
                 first = np.clip(np.floor(pixels.min(0)), 0, side).astype(int)
                 last = np.clip(np.ceil(pixels.max(0)), 0, side).astype(int)
                 center_depth = max(-middle[2], 0.05)
-                points.append([side / 2 + focal * middle[0] / center_depth, side / 2 - focal * middle[1] / center_depth])
+                points.append(
+                    [side / 2 + focal * middle[0] / center_depth, side / 2 - focal * middle[1] / center_depth]
+                )
                 slot, iced = part.slot.removeprefix("ice:"), part.slot.startswith("ice:")
                 color = np.asarray(entity.slot_color(slot))
                 names[b].append((k, part.name))
@@ -142,7 +146,9 @@ def _shade(color: Tensor, normal: Tensor, view: Tensor, light: Tensor, material:
     shine = torch.where(material == 1, 0.75 * highlight**12, torch.zeros_like(highlight))
     sky = torch.where(material == 2, 0.55 * (reflected[:, 1] * 3 + 0.2).clamp(0, 1), torch.zeros_like(shine))
     metal = (material == 2)[:, None]
-    lit = torch.where(metal, color * (diffuse * 0.75)[:, None] + 0.8 * sky[:, None] * (0.45 + 0.55 * color), color * diffuse[:, None])
+    lit = torch.where(
+        metal, color * (diffuse * 0.75)[:, None] + 0.8 * sky[:, None] * (0.45 + 0.55 * color), color * diffuse[:, None]
+    )
     return lit + shine[:, None]
 
 

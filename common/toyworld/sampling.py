@@ -8,8 +8,26 @@ from common.toyworld import relations
 from common.toyworld.puppets import Face
 from common.toyworld.scene import Entity, Placed, Scene, frame
 from common.toyworld.vocabulary import (
-    ACCESSORIES, BACKGROUNDS, CELEBRITIES, COLORS, EXPRESSIONS, GARMENTS, GENDERS, HAIR_COLORS, HAIR_STYLES, MATERIALS,
-    OBJECT_CLASSES, PATTERNS, POSES, PUPPET_CLASSES, RELATIONS, SKINS, STATES, STYLES, VIEWS, WEARERS,
+    ACCESSORIES,
+    BACKGROUNDS,
+    CELEBRITIES,
+    COLORS,
+    EXPRESSIONS,
+    GARMENTS,
+    GENDERS,
+    HAIR_COLORS,
+    HAIR_STYLES,
+    MATERIALS,
+    OBJECT_CLASSES,
+    PATTERNS,
+    POSES,
+    PUPPET_CLASSES,
+    RELATIONS,
+    SKINS,
+    STATES,
+    STYLES,
+    VIEWS,
+    WEARERS,
 )  # fmt: skip
 
 NUM_OBJECT_INSTANCES = 600  # recurring objects in the training set, so that identity can be learned
@@ -62,7 +80,9 @@ def celebrity_face(index: int) -> tuple[str, Face]:
     return gender, sample_face(np.random.default_rng([77, index]), gender)
 
 
-def sample_person(rng: Generator, *, portrait: bool, gender: str | None = None, face: Face | None = None, celebrity: int | None = None) -> Entity:
+def sample_person(
+    rng: Generator, *, portrait: bool, gender: str | None = None, face: Face | None = None, celebrity: int | None = None
+) -> Entity:
     """A person with random clothes; gender and face are random where not given."""
     if celebrity is not None:
         gender, face = celebrity_face(celebrity)
@@ -95,7 +115,13 @@ def compose(
     """Point a camera at placed entities, with the jitter of the training set."""
     portrait = placed[0].entity.portrait
     spread = 12.0 if portrait else spread_deg
-    elevation = 66.0 + rng.uniform(-5, 5) if view == "overhead" else rng.uniform(1.0, 6.0) if portrait else rng.uniform(7.0, 13.0)
+    elevation = (
+        66.0 + rng.uniform(-5, 5)
+        if view == "overhead"
+        else rng.uniform(1.0, 6.0)
+        if portrait
+        else rng.uniform(7.0, 13.0)
+    )
     azimuth = _AZIMUTH[view] + rng.uniform(-spread, spread)
     fill = fill if fill is not None else (rng.uniform(0.84, 0.94) if portrait else rng.uniform(0.70, 0.84))
     camera = frame(placed, azimuth_deg=azimuth, elevation_deg=float(elevation), fill=float(fill))
@@ -125,7 +151,9 @@ def sample_training_scene(seed: int) -> tuple[Scene, int]:
         elif roll < 0.75 and portrait:
             index = int(rng.integers(NUM_FACE_INSTANCES))
             gender = GENDERS[index % 2]
-            person = sample_person(rng, portrait=True, gender=gender, face=sample_face(np.random.default_rng([78, index]), gender))
+            person = sample_person(
+                rng, portrait=True, gender=gender, face=sample_face(np.random.default_rng([78, index]), gender)
+            )
             instance = NUM_OBJECT_INSTANCES + index
         elif not portrait and roll < 0.45:
             person = sample_object(rng, _pick(rng, ("bear", "robot")))
@@ -157,4 +185,12 @@ def _relation_scene(rng: Generator, background: str, style: str) -> Scene:
     second_noun = _pick(rng, tuple(n for n in choices if n != first_noun))
     first = sample_person(rng, portrait=False) if first_noun == "person" else sample_object(rng, first_noun)
     placed = relations.place(relation, first, sample_object(rng, second_noun), tuple(rng.uniform(-25, 25, 2)))
-    return compose(rng, placed, background=background, style=style, relation=relation, fill=float(rng.uniform(0.80, 0.92)), spread_deg=8.0)
+    return compose(
+        rng,
+        placed,
+        background=background,
+        style=style,
+        relation=relation,
+        fill=float(rng.uniform(0.80, 0.92)),
+        spread_deg=8.0,
+    )

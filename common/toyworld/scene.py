@@ -10,7 +10,12 @@ from common.toyworld.poses import POSES, Pose
 from common.toyworld.vocabulary import PUPPET_CLASSES
 
 RGB = tuple[float, float, float]
-_FIXED = {"ink": (0.08, 0.08, 0.10), "ivory": (0.96, 0.96, 0.94), "mouth": (0.72, 0.16, 0.18), "gold": (0.96, 0.78, 0.15)}
+_FIXED = {
+    "ink": (0.08, 0.08, 0.10),
+    "ivory": (0.96, 0.96, 0.94),
+    "mouth": (0.72, 0.16, 0.18),
+    "gold": (0.96, 0.78, 0.15),
+}
 _FLAME = {"flame": (0.98, 0.45, 0.08), "ember": (1.0, 0.82, 0.20), "ice": (0.72, 0.90, 0.98), "puddle": None}
 
 
@@ -94,7 +99,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera on a sphere around ``target``. Azimuth 0 looks at the front (+z side) of an entity with yaw 0."""
+    """A pinhole camera on a sphere around ``target``; azimuth 0 sees the front (+z side) of an entity with yaw 0."""
 
     target: tuple[float, float, float] = (0.0, 0.5, 0.0)
     azimuth_deg: float = 0.0
@@ -104,7 +109,9 @@ class Camera:
 
     def position(self) -> np.ndarray:
         a, e = np.radians([self.azimuth_deg, self.elevation_deg])
-        return np.asarray(self.target) + self.distance * np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        return np.asarray(self.target) + self.distance * np.array(
+            [np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)]
+        )
 
     def axes(self) -> np.ndarray:
         """Rows right, up, back (the camera looks along -back): world-to-camera rotation, (3, 3)."""
@@ -131,7 +138,9 @@ class Scene:
         return replace(self, style=style)
 
 
-def frame(placed: tuple[Placed, ...], *, azimuth_deg: float, elevation_deg: float, fill: float = 0.62, fov_deg: float = 36.0) -> Camera:
+def frame(
+    placed: tuple[Placed, ...], *, azimuth_deg: float, elevation_deg: float, fill: float = 0.62, fov_deg: float = 36.0
+) -> Camera:
     """The camera from that direction in whose picture the entities fill ``fill`` of the frame's longer extent.
 
     Args: fill: fraction of the picture's side in (0, 1].
@@ -161,7 +170,9 @@ def apply_state(parts: list[Part], state: str) -> list[Part]:
     if state == "stretched":
         return _stretched(parts, np.array([0.72, 1.5, 0.72]))
     if state == "inflated":
-        return _grounded([replace(part, size=np.asarray(part.size) * (1.0 if part.name in _FLAT else 1.38)) for part in parts])
+        return _grounded(
+            [replace(part, size=np.asarray(part.size) * (1.0 if part.name in _FLAT else 1.38)) for part in parts]
+        )
     if state in ("tilted", "upside down"):
         turn = rotation_matrix(z_deg=32.0 if state == "tilted" else 180.0)
         return _grounded([part.moved(rotation=turn) for part in parts])
@@ -169,15 +180,23 @@ def apply_state(parts: list[Part], state: str) -> list[Part]:
         return [part.moved((0, 0.55, 0)) for part in parts]
     if state == "melting":
         sunk = _stretched(parts, np.array([1.1, 0.6, 1.1]))
-        spread = [replace(p, size=np.asarray(p.size) * np.array([1, 1, 1]) * (1.0 + 0.5 * max(0.0, 0.35 - p.center[1]))) for p in sunk]
+        spread = [
+            replace(p, size=np.asarray(p.size) * np.array([1, 1, 1]) * (1.0 + 0.5 * max(0.0, 0.35 - p.center[1])))
+            for p in sunk
+        ]
         puddle = Part(ELLIPSOID, (0.05, 0.0, 0.08), (reach * 1.5, 0.05, reach * 1.25), "puddle", "puddle")
-        drops = [Part(CAPSULE, (s * reach * 0.7, 0.16, reach * 0.35), (0.06, 0.12, 0.06), "puddle", "puddle") for s in (-1, 0.2, 1)]
+        drops = [
+            Part(CAPSULE, (s * reach * 0.7, 0.16, reach * 0.35), (0.06, 0.12, 0.06), "puddle", "puddle")
+            for s in (-1, 0.2, 1)
+        ]
         return [*spread, puddle, *drops]
     if state == "frozen":
         shards = []
         for k in range(9):
             angle = 2 * np.pi * k / 9
-            at = np.array([np.sin(angle) * reach * 1.05, height * (0.14 + 0.08 * (k % 3)), np.cos(angle) * reach * 1.05])
+            at = np.array(
+                [np.sin(angle) * reach * 1.05, height * (0.14 + 0.08 * (k % 3)), np.cos(angle) * reach * 1.05]
+            )
             turn = rotation_matrix(z_deg=-18 * np.sin(angle), x_deg=18 * np.cos(angle))
             shards.append(Part(FRUSTUM, at, (0.13, height * (0.2 + 0.08 * (k % 3)), 0.13), "ice", "ice", turn, 0.1))
         return [replace(p, slot=p.slot if p.slot in ("ink", "ivory") else f"ice:{p.slot}") for p in parts] + shards
@@ -185,8 +204,14 @@ def apply_state(parts: list[Part], state: str) -> list[Part]:
         flames = []
         for k in range(8):
             angle = 2 * np.pi * k / 8
-            at = np.array([np.sin(angle) * reach * 0.75, height * (0.62 + 0.22 * (k % 2)), np.cos(angle) * reach * 0.75])
-            flames.append(Part(FRUSTUM, at, (0.12, 0.24 + 0.06 * (k % 3), 0.12), "ember" if k % 2 else "flame", "flame", None, 0.0))
+            at = np.array(
+                [np.sin(angle) * reach * 0.75, height * (0.62 + 0.22 * (k % 2)), np.cos(angle) * reach * 0.75]
+            )
+            flames.append(
+                Part(
+                    FRUSTUM, at, (0.12, 0.24 + 0.06 * (k % 3), 0.12), "ember" if k % 2 else "flame", "flame", None, 0.0
+                )
+            )
         return [*parts, *flames, Part(FRUSTUM, (0, height + 0.15, 0), (0.2, 0.3, 0.2), "flame", "flame", None, 0.0)]
     if state == "exploded":
         middle = np.array([0.0, height * 0.4, 0.0])
@@ -199,7 +224,7 @@ _FLAT = frozenset({"eye", "nose", "mouth", "lamp", "window", "door", "button"})
 
 
 def _stretched(parts: list[Part], factor: np.ndarray) -> list[Part]:
-    """Scale along the axes; rotated primitives keep their axes and take the length that the stretched axis would have."""
+    """Scale along the axes; rotated primitives keep their axes and take the stretched axes' lengths."""
     result = []
     for part in parts:
         turn = np.eye(3) if part.rotation is None else part.rotation

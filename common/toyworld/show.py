@@ -17,8 +17,19 @@ from common.toyworld.render import render
 from common.toyworld.sampling import celebrity_face, compose, sample_object, sample_person
 from common.toyworld.scene import Placed, Scene
 from common.toyworld.vocabulary import (
-    BACKGROUNDS, CELEBRITIES, EXPRESSIONS, HELD_OUT_ACTIONS, HELD_OUT_RELATIONS, HELD_OUT_STATES, HELD_OUT_STYLES,
-    OBJECT_CLASSES, POSES, RELATIONS, STATES, STYLES, VIEWS,
+    BACKGROUNDS,
+    CELEBRITIES,
+    EXPRESSIONS,
+    HELD_OUT_ACTIONS,
+    HELD_OUT_RELATIONS,
+    HELD_OUT_STATES,
+    HELD_OUT_STYLES,
+    OBJECT_CLASSES,
+    POSES,
+    RELATIONS,
+    STATES,
+    STYLES,
+    VIEWS,
 )  # fmt: skip
 
 Labelled = list[tuple[str, Scene]]
@@ -26,7 +37,10 @@ Labelled = list[tuple[str, Scene]]
 
 def _objects(rng) -> Labelled:
     return [
-        (f"{noun}, {view}", compose(rng, (Placed(sample_object(rng, noun)),), background=BACKGROUNDS[(i + k) % 10], view=view))
+        (
+            f"{noun}, {view}",
+            compose(rng, (Placed(sample_object(rng, noun)),), background=BACKGROUNDS[(i + k) % 10], view=view),
+        )
         for i, noun in enumerate(OBJECT_CLASSES)
         for k, view in enumerate(VIEWS)
     ]
@@ -36,7 +50,9 @@ def _people(rng) -> Labelled:
     shown = []
     for i, pose in enumerate((*POSES, *HELD_OUT_ACTIONS)):
         actors = [sample_person(rng, portrait=False), sample_object(rng, "bear"), sample_object(rng, "robot")]
-        shown += [(pose, compose(rng, (Placed(replace(a, pose=pose)),), background=BACKGROUNDS[i % 10])) for a in actors]
+        shown += [
+            (pose, compose(rng, (Placed(replace(a, pose=pose)),), background=BACKGROUNDS[i % 10])) for a in actors
+        ]
     for i in range(len(CELEBRITIES)):
         person = replace(sample_person(rng, portrait=True, celebrity=i), expression=EXPRESSIONS[i % 5])
         assert person.face == celebrity_face(i)[1]
@@ -48,10 +64,14 @@ def _relations(rng) -> Labelled:
     shown = []
     for relation in (*RELATIONS, *HELD_OUT_RELATIONS):
         for k in range(3):
-            first = sample_object(rng, ("bear", "robot", "bear")[k] if relation == "carrying" else ("bear", "duck", "cat")[k])
+            first = sample_object(
+                rng, ("bear", "robot", "bear")[k] if relation == "carrying" else ("bear", "duck", "cat")[k]
+            )
             second = sample_object(rng, ("mug", "car", "teapot")[k])
             placed = relations.place(relation, first, second)
-            shown.append((relation, compose(rng, placed, background="meadow", relation=relation, fill=0.86, spread_deg=8.0)))
+            shown.append(
+                (relation, compose(rng, placed, background="meadow", relation=relation, fill=0.86, spread_deg=8.0))
+            )
     return shown
 
 
@@ -90,7 +110,9 @@ class ShowConfig:
     """Draw a labelled grid of the toy world."""
 
     grid: Path  # PNG to write
-    kind: Literal["training", "subjects", "objects", "people", "relations", "styles", "states", "backgrounds"] = "training"
+    kind: Literal["training", "subjects", "objects", "people", "relations", "styles", "states", "backgrounds"] = (
+        "training"
+    )
     seed: int = 0
     columns: int = 12  # pictures a row
     scale: int = 2  # times 64 px

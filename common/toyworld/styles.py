@@ -90,7 +90,10 @@ def _sepia(image, lines, masks):
 
 
 def _pop_art(image, lines, masks):
-    return _ramp((_gray(image) * 3.99).floor() / 3, [(0.10, 0.05, 0.45), (0.95, 0.10, 0.55), (1.0, 0.55, 0.10), (1.0, 0.95, 0.25)])
+    return _ramp(
+        (_gray(image) * 3.99).floor() / 3,
+        [(0.10, 0.05, 0.45), (0.95, 0.10, 0.55), (1.0, 0.55, 0.10), (1.0, 0.95, 0.25)],
+    )
 
 
 def _thermal(image, lines, masks):

@@ -12,8 +12,13 @@ from PIL import Image
 @pytest.fixture
 def backbone() -> SimpleNamespace:
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.3,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     with torch.no_grad():
         vae.quant_conv.bias[4:] -= 8  # log variance: a narrow posterior, as a trained VAE has
     return SimpleNamespace(vae=vae.eval().requires_grad_(False), device=torch.device("cpu"))

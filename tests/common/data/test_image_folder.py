@@ -55,12 +55,22 @@ def test_variants_are_distinct_and_start_with_the_centre(tmp_path):
     folder = ImageFolder(tmp_path, resolution_px=4, num_crops=3, flip=True)
     assert folder.variants(0) == [Variant(0.5), Variant(0.5, flip=True)]
     assert [(v.position, v.flip) for v in folder.variants(1)] == [
-        (0.5, False), (0.0, False), (1.0, False), (0.5, True), (0.0, True), (1.0, True),
+        (0.5, False),
+        (0.0, False),
+        (1.0, False),
+        (0.5, True),
+        (0.0, True),
+        (1.0, True),
     ]
     rows = [folder.item(1, variant)["pixel_values"][0, 0] for variant in folder.variants(1)]
     grey = [((row + 1) * 127.5).round().int().tolist() for row in rows]
     assert grey == [
-        [40, 50, 60, 70], [0, 10, 20, 30], [80, 90, 100, 110], [70, 60, 50, 40], [30, 20, 10, 0], [110, 100, 90, 80],
+        [40, 50, 60, 70],
+        [0, 10, 20, 30],
+        [80, 90, 100, 110],
+        [70, 60, 50, 40],
+        [30, 20, 10, 0],
+        [110, 100, 90, 80],
     ]
     torch.testing.assert_close(folder[1]["pixel_values"], folder.item(1, Variant())["pixel_values"], rtol=0, atol=0)
 

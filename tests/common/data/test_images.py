@@ -78,7 +78,9 @@ def test_alpha_is_composited_on_white(tmp_path):
         image.putpixel((x, 0), pixel)
     image.save(tmp_path / "rgba.png")
     assert [load_image(tmp_path / "rgba.png").getpixel((x, 0)) for x in range(3)] == [
-        WHITE, (244, 204, 204), (200, 0, 0),
+        WHITE,
+        (244, 204, 204),
+        (200, 0, 0),
     ]
     grey_alpha = Image.new("LA", (2, 1), (0, 0))
     grey_alpha.putpixel((1, 0), (0, 51))

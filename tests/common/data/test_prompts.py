@@ -45,7 +45,10 @@ def test_reads_a_part_of_the_benchmark(tmp_path, layout):
     (folder / "prompts_and_classes.txt").write_bytes(PROMPTS.replace("\n", "\r\n").encode())
     bear, cat = read_dreambooth(tmp_path)
     assert (bear.name, bear.class_noun, bear.is_live, bear.images_dir) == (
-        "bear_plushie", "stuffed animal", False, folder / "bear_plushie",
+        "bear_plushie",
+        "stuffed animal",
+        False,
+        folder / "bear_plushie",
     )
     assert bear.prompts("sks") == ["a sks stuffed animal in the jungle", "a cube shaped sks stuffed animal"]
     assert cat.is_live and cat.prompts("") == ["a cat wearing a red hat", "a cat's portrait"]
