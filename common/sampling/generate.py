@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.backbones.conditioning import Conditioning
 from common.sampling.guidance import GuidanceRule, classifier_free
