@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 
 from common.io import atomic_save_safetensors, atomic_write_text
@@ -76,6 +77,7 @@ def run(
     torch.set_num_threads(1)
     method = LinearMethod(LinearConfig(dropout=dropout), lambda step: time.sleep(0.005))
     result = fit(method, LinearData(), config(**settings), output_dir, resume=resume)
+    print(f"one of {PartialState().num_processes} processes")
     if os.environ.get("RANK", "0") == "0":
         atomic_save_safetensors(values(method), output_dir / "final.safetensors")
         atomic_write_text(output_dir / "losses.json", json.dumps(result.losses))

@@ -18,12 +18,15 @@ def _outcome(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 def test_accelerate_launch_with_two_processes(tmp_path, script_environment):
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
         linear_run.__file__, str(tmp_path / "two"), "batch_size=8", "train_steps=6",
     ]  # fmt: skip
-    done = subprocess.run(command, env=script_environment, capture_output=True, text=True, timeout=120)
+    # --cpu would start one process only; --multi_gpu starts them, and this keeps each of them on the CPU
+    environment = {**script_environment, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one of 2 processes") == 2
     linear_run.run(tmp_path / "one", {"batch_size": 8, "train_steps": 6}, dropout=0.0)
     (losses_one, values_one), (losses_two, values_two) = _outcome(tmp_path / "one"), _outcome(tmp_path / "two")
     assert losses_two == pytest.approx(losses_one, rel=1e-5)
