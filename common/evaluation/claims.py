@@ -5,12 +5,12 @@ The verdict comes from the paired difference over subjects (`verdict`), never fr
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from common.evaluation.bootstrap import Interval
+from common.evaluation.bootstrap import Interval, paired_difference
 from common.io import atomic_write_text
 
 Verdict = Literal["yes", "direction only", "no", "not run"]
@@ -50,6 +50,18 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkRow:
+    """A method in the comparison of all object methods; rows with the same `study` hash can stand in one figure."""
+
+    study: str  # hash of subjects, prompts, seeds, backbone and judge
+    setting: str  # the same in words
+    identity: Interval  # subject fidelity
+    compliance: Interval  # prompt fidelity
+    artifact_bytes: int
+    training_seconds: float  # per subject, on the machine of the results
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything that `pcs reproduce SLUG` found, and how to find it again."""
 
@@ -59,9 +71,42 @@ class Results:
     seeds: list[int]
     steps: int  # optimiser steps of each training run
     machine: str  # "2 CPU cores"; see records.describe_machine
-    seconds: float  # wall time of everything
+    seconds: float  # wall time of everything, over all interruptions
     claims: list[Claim]
     figures: list[Figure] = field(default_factory=list)
+    benchmark: BenchmarkRow | None = None  # of papers about objects
+
+
+def compare(
+    values: Mapping[str, Mapping[str, float]],
+    first: str,
+    second: str,
+    claimed: Literal["higher", "lower"],
+    *,
+    text: str,
+    how: str,
+    place: str = "",
+    paper: str = "-",
+    margin: float = 0.0,
+) -> Claim:
+    """A claim "first is higher (lower) than second", from the paired difference over subjects.
+
+    Args:
+        values: method -> subject -> value.
+        margin: for "first is lower than second + margin" (or higher than second - margin), which says "hardly worse".
+    """
+    ours = paired_difference(values[first], values[second])
+    means = {name: sum(values[name].values()) / len(values[name]) for name in (first, second)}
+    detail = " against ".join(f"{mean:.4g} ({name})" for name, mean in means.items())
+    shift = margin if claimed == "higher" else -margin
+    shifted = dataclasses.replace(ours, mean=ours.mean + shift, low=ours.low + shift, high=ours.high + shift)
+    holds = verdict(shifted, claimed)
+    return Claim(text=text, place=place, paper=paper, ours=ours, detail=detail, how=how, holds=holds)
+
+
+def not_run(text: str, *, place: str, paper: str, how: str) -> Claim:
+    """The row of one of the paper's own numbers at full scale."""
+    return Claim(text=text, place=place, paper=paper, ours=None, how=how, holds="not run")
 
 
 def verdict(difference: Interval, claimed: Literal["higher", "lower"]) -> Verdict:
@@ -92,6 +137,9 @@ def load_results(path: str | Path) -> Results:
         row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         row["claims"] = [_claim(claim) for claim in row["claims"]]
         row["figures"] = [Figure(**figure) for figure in row["figures"]]
+        if (benchmark := row.get("benchmark")) is not None:
+            intervals = {name: Interval(**benchmark[name]) for name in ("identity", "compliance")}
+            row["benchmark"] = BenchmarkRow(**{**benchmark, **intervals})
         return Results(**row)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {path}; `pcs reproduce {path.parent.name}` writes it") from error
@@ -138,7 +186,7 @@ def write_card_table(readme_path: str | Path, results: Results) -> None:
     begin, end = page.find(BEGIN_MARKER), page.find(END_MARKER)
     if page.count(BEGIN_MARKER) != 1 or page.count(END_MARKER) != 1 or end < begin:
         raise ValueError(f"{path} needs one line {BEGIN_MARKER} and, below it, one line {END_MARKER}")
-    source = f"Written by `{results.command}` on {results.machine} in {_duration(results.seconds)}."
+    source = f"Written by `{results.command}` on {results.machine} in {duration(results.seconds)}."
     table = f"{claim_table(results.claims)}\n\n{source}"
     atomic_write_text(path, f"{page[: begin + len(BEGIN_MARKER)]}\n{table}\n{page[end:]}")
 
@@ -147,5 +195,6 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: "42 s", "12 min"."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -57,33 +57,58 @@ def bar_with_intervals(groups: Mapping[str, Mapping[str, Interval]], ylabel: str
 
 
 def scatter_methods(points: Mapping[str, tuple[Interval, Interval]], xlabel: str, ylabel: str) -> Figure:
-    """One point for each method with its intervals along both axes, named beside the point.
+    """One point for each method with its intervals along both axes, named in a legend that is as high as it needs.
 
     Args: points: method -> (x, y), such as (CLIP-T, DINO).
     """
     if not points:
         raise ValueError("there is no point to draw")
+    columns = _legend_columns(list(points), 4.6)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _new_figure(4.6, 3.4)
+        figure, axes = _new_figure(4.6, 3.4 + 0.18 * (-(-len(points) // columns) - 1))
         for k, (method, (x, y)) in enumerate(points.items()):
-            axes.errorbar(
-                x.mean,
-                y.mean,
-                xerr=_errors([x]),
-                yerr=_errors([y]),
-                color=COLORS[k % len(COLORS)],
-                marker=MARKERS[k % len(MARKERS)],
-                markersize=7,
-                elinewidth=1,
-                capsize=2,
-                linestyle="none",
-                label=method,
-            )
+            color, marker = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]
+            bars = {"xerr": _errors([x]), "yerr": _errors([y]), "elinewidth": 1, "capsize": 2, "alpha": 0.6}
+            axes.errorbar(x.mean, y.mean, **bars, fmt="none", ecolor=color)
+            style = {"color": color, "marker": marker, "markersize": 8, "zorder": 3}
+            style |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
+            axes.plot(x.mean, y.mean, **style, linestyle="none", label=method)
         axes.margins(0.12)
         axes.grid(alpha=0.3)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        figure.legend(loc="outside upper center", ncols=min(len(points), 3), frameon=False)
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False)
+    return figure
+
+
+def lines_with_intervals(
+    lines: Mapping[str, Mapping[float, Interval]], xlabel: str, ylabel: str, *, log_x: bool = False
+) -> Figure:
+    """Means over a setting, such as a scale or a rank, with their 95% intervals as bars.
+
+    Args:
+        lines: name -> setting -> interval.
+        log_x: a logarithmic axis, with a tick at each setting.
+    """
+    if not any(lines.values()):
+        raise ValueError("there is no point to draw")
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new_figure(4.2, 2.8)
+        for k, (name, points) in enumerate(lines.items()):
+            color, marker, intervals = COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], list(points.values())
+            means = [interval.mean for interval in intervals]
+            style = {"color": color, "marker": marker, "markersize": 5, "elinewidth": 1, "capsize": 2}
+            axes.errorbar(list(points), means, yerr=_errors(intervals), label=name, **style)
+        if log_x:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            ticks = sorted({x for points in lines.values() for x in points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.grid(alpha=0.3)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(lines) > 1:
+            figure.legend(loc="outside upper center", ncols=min(len(lines), 3), frameon=False)
     return figure
 
 
@@ -142,6 +167,16 @@ def _new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _legend_columns(names: Sequence[str], width_in: float) -> int:
+    """As many columns, at most 3, as fit a legend of 9 point letters that is filled column by column."""
+    for columns in (3, 2):
+        rows = -(-len(names) // columns)
+        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
+        if columns <= len(names) and sum(0.45 + 0.07 * length for length in longest) <= width_in:
+            return columns
+    return 1
 
 
 def _errors(intervals: Sequence[Interval]) -> list[list[float]]:

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from common import papers_index
 from common.evaluation import claims, figures, records
 from common.evaluation.bootstrap import Interval
-from common.evaluation.claims import Claim, Results
+from common.evaluation.claims import BenchmarkRow, Claim, Results
 from common.io import atomic_write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,9 +45,24 @@ class Section:
     results: Results
     pictures: list[Picture]
 
+    @property
+    def short_title(self) -> str:
+        """The method's name, for a legend: "LoRA" of "LoRA: low-rank adaptation"."""
+        return self.title.split(":")[0]
+
     def count(self, verdict: str) -> int:
         """Number of claims with this verdict."""
         return sum(claim.holds == verdict for claim in self.results.claims)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods of several papers that ran the same study."""
+
+    setting: str
+    study: str  # its hash
+    methods: dict[str, tuple[str, BenchmarkRow]]  # slug -> name, values
+    scatter: str  # data URI
 
 
 @dataclass(frozen=True)
@@ -78,9 +94,12 @@ def write_report(paper_folders: list[Path], record_files: list[Path], output: Pa
     )
     page = environment.get_template("report.html.j2").render(
         sections=sections,
+        comparisons=compare_methods(sections),
         benchmarks=benchmarks,
         marks=MARKS,
         claim_title=claims.claim_title,
+        duration=claims.duration,
+        file_size=_file_size,
         verdict_class=_verdict_class,
         metric_title=_metric_title,
         git_commit=records.git_commit(),
@@ -98,6 +117,28 @@ def read_section(folder: Path) -> Section:
     return Section(title or results.slug, idea, results, pictures)
 
 
+def compare_methods(sections: list[Section]) -> list[Comparison]:
+    """The papers that have a benchmark row, those of the same study together, the largest group first."""
+    studies: dict[str, list[Section]] = {}
+    for section in sections:
+        if section.results.benchmark is not None:
+            studies.setdefault(section.results.benchmark.study, []).append(section)
+    comparisons = []
+    for group in sorted(studies.values(), key=len, reverse=True):
+        titles = [section.short_title for section in group]
+        named = {
+            title if titles.count(title) == 1 else f"{title} ({section.results.slug})": section.results.benchmark
+            for title, section in zip(titles, group, strict=True)
+        }
+        points = {name: (row.compliance, row.identity) for name, row in named.items()}
+        drawn = figures.scatter_methods(points, "prompt fidelity", "subject fidelity")
+        first = group[0].results.benchmark
+        slugs = [section.results.slug for section in group]
+        methods = dict(zip(slugs, named.items(), strict=True))
+        comparisons.append(Comparison(first.setting, first.study, methods, _svg(drawn)))
+    return comparisons
+
+
 def read_benchmark(path: Path) -> Benchmark:
     """Aggregate the records of one file, method by method."""
     rows = records.read_records(path)
@@ -112,7 +153,7 @@ def read_benchmark(path: Path) -> Benchmark:
     scatter = ""
     if points:
         drawn = figures.scatter_methods(points, "prompt fidelity, CLIP-T", "subject fidelity, DINO")
-        scatter = _uri(figures.figure_bytes(drawn, "svg"), ".svg")
+        scatter = _svg(drawn)
     encoders = sorted({f"{row.metric}: {row.backbone}, {row.preprocessing}" for row in rows if row.metric in metrics})
     commits = ", ".join(sorted({row.git_commit for row in rows}))
     return Benchmark(path.parent.name, metrics, methods, scatter, "; ".join([*encoders, f"commit {commits}"]))
@@ -130,6 +171,10 @@ def read_picture(path: Path, caption: str) -> Picture:
             dots_per_inch = image.info.get("dpi", (None, None))[0]
             width_px = round(image.width * 96 / dots_per_inch) if dots_per_inch else None
     return Picture(_uri(path.read_bytes(), path.suffix.lower()), caption, width_px)
+
+
+def _svg(figure: Figure) -> str:
+    return _uri(figures.figure_bytes(figure, "svg"), ".svg")
 
 
 def _uri(data: bytes, suffix: str) -> str:
@@ -151,6 +196,15 @@ def _plain(markdown: str) -> str:
     text = re.sub(r"\*\*(.+?)\*\*|`([^`]+)`", lambda match: match[1] or match[2], text, flags=re.DOTALL)
     text = re.sub(r"(?<![\w*])\*(\S[^*]*?)(?<=\S)\*(?![\w*])", r"\1", text)  # *emphasis*, but not the star of v*
     return " ".join(text.split())
+
+
+def _file_size(num_bytes: int) -> str:
+    """Bytes for people, in powers of 1000: "840 B", "3.1 kB", "72 MB"."""
+    size, units = float(num_bytes), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 999.5 and unit != "TB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.1f} {unit}" if unit != "B" and size < 9.95 else f"{size:.0f} {unit}"
 
 
 def _verdict_class(claim: Claim) -> str:

@@ -46,7 +46,7 @@ class ExampleBatch:
     """N pictures with captions and labels; a label of -1 does not apply or cannot be seen."""
 
     images: np.ndarray  # (N, 64, 64, 3) uint8
-    masks: np.ndarray  # (N, 64, 64) uint8, 1 = an entity
+    masks: np.ndarray  # (N, 64, 64) uint8, 0 = background, k = entity k in the order of the caption
     labels: dict[str, np.ndarray]  # attribute -> (N,) int64 index into LABELS
     instances: np.ndarray  # (N,) int64: recurring identity, -1 = seen once
     captions: list[list[str]]  # NUM_CAPTIONS paraphrases each
@@ -101,7 +101,7 @@ def label_scenes(scenes: Sequence[Scene], instances: Sequence[int], caption_seed
     rows = [scene_labels(scene) for scene in scenes]
     return ExampleBatch(
         images=(pictures.images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(),
-        masks=(pictures.masks > 0).byte().cpu().numpy(),
+        masks=pictures.masks.byte().cpu().numpy(),
         labels={name: np.array([row[name] for row in rows], np.int64) for name in LABELS},
         instances=np.asarray(instances, np.int64),
         captions=texts,

@@ -50,7 +50,36 @@ class ImageTrunk(nn.Module):
         self.project = nn.Linear(64 * 16, FEATURES)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.project(F.silu(self.squeeze(self.stages(pixel_values)).flatten(1)))
+        return self.readout(self.stages(pixel_values))
+
+    def readout(self, features_4: Tensor) -> Tensor:
+        """Output of the stages (B, C, 4, 4) -> features (B, 256)."""
+        return self.project(F.silu(self.squeeze(features_4)).flatten(1))
+
+
+class EntityPooling(nn.Module):
+    """Finds the first and the second entity of a picture and averages features over each, so that roles stay apart.
+
+    A 1x1 convolution of the 8x8 features says what each cell shows: background, first or second entity.
+    """
+
+    def __init__(self, width_16: int, width_8: int):
+        super().__init__()
+        self.entity_logits = nn.Conv2d(width_8, 3, 1)
+        self.norm_16, self.norm_8 = nn.GroupNorm(8, width_16), nn.GroupNorm(8, width_8)
+        self.project = nn.Linear(2 * (width_16 + width_8), FEATURES)
+
+    def forward(self, features_16: Tensor, features_8: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, 16, 16) and (B, C', 8, 8) -> features (B, 256), logits of background / first / second (B, 3, 8, 8)."""
+        logits = self.entity_logits(features_8)
+        weights = logits.softmax(1)[:, 1:]
+        weights = weights / weights.sum((2, 3), keepdim=True).clamp(min=0.5)
+        fine = weights.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+        pooled = [
+            torch.einsum("bkhw,bchw->bkc", fine, F.silu(self.norm_16(features_16))),
+            torch.einsum("bkhw,bchw->bkc", weights, F.silu(self.norm_8(features_8))),
+        ]
+        return self.project(torch.cat(pooled, 2).flatten(1)), logits
 
 
 class Judge(nn.Module):
@@ -64,7 +93,7 @@ class Judge(nn.Module):
     def __init__(self, labels: dict[str, list[str]], accuracy: dict[str, float] | None = None):
         super().__init__()
         self.labels, self.accuracy = labels, accuracy or {}
-        self.trunk = ImageTrunk(self.WIDTHS)
+        self.trunk, self.entities = ImageTrunk(self.WIDTHS), EntityPooling(self.WIDTHS[1], self.WIDTHS[2])
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in labels.items()})
         self.identity = nn.Linear(FEATURES, IDENTITY)
 
@@ -78,7 +107,16 @@ class Judge(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Penultimate features (B, 256), not normalised."""
-        return F.silu(self.trunk(_to_world_size(pixel_values)))
+        return self.features_and_entities(pixel_values)[0]
+
+    def features_and_entities(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 256), and logits of background, first and second entity in 8x8 cells (B, 3, 8, 8)."""
+        x, maps = _to_world_size(pixel_values), {}
+        for stage in self.trunk.stages:
+            x = stage(x)
+            maps[x.shape[-1]] = x
+        of_entities, entity_logits = self.entities(maps[16], maps[8])
+        return F.silu(self.trunk.readout(x) + of_entities), entity_logits
 
     def forward(self, pixel_values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Logits of every attribute, and the unit identity embedding."""

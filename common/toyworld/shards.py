@@ -42,9 +42,9 @@ class ShardConfig:
 class ShardData:
     """Rendered images in memory.
 
-    images (N, 64, 64, 3) uint8; masks (N, 64, 64) uint8, 1 on foreground entities; labels: (N,) int64 each, -1 where
-    the attribute does not apply; mentioned: (N,) bool each, whether captions[i][0] names the attribute;
-    instances: (N,) int64, recurring identity or -1; captions: paraphrases.
+    images (N, 64, 64, 3) uint8; masks (N, 64, 64) uint8, 0 on background, k on entity k, the first one being that which
+    captions name first; labels: (N,) int64 each, -1 where the attribute does not apply; mentioned: (N,) bool each,
+    whether captions[i][0] names the attribute; instances: (N,) int64, recurring identity or -1; captions: paraphrases.
     """
 
     images: Tensor

@@ -1,5 +1,6 @@
 """Denoising losses, one value per sample, so that methods weight and combine them in plain sight."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +82,7 @@ def min_snr_weights(noise_scheduler: "DDPMScheduler", timesteps: Tensor, *, gamm
 def fixed_noise_validation(
     backbone: "Backbone",
     latents: Tensor,
-    conditioning: "Conditioning",
+    conditioning: "Conditioning | Callable[[Tensor], Conditioning]",
     *,
     timesteps: tuple[int, ...] = tuple(range(50, 1000, 100)),
     seed: int = 0,
@@ -90,12 +91,11 @@ def fixed_noise_validation(
 
     Args:
         latents: clean latents, (B, 4, h, w).
-        conditioning: of the B samples, or of one sample that serves all.
+        conditioning: of the B samples, or of one sample that serves all; where it depends on the timestep, a function
+            of the timesteps, (B,) int64 and all equal, that gives either.
         timesteps: the grid; each sample is noised at each of them. The network is called once per timestep.
     Returns: the mean over samples and timesteps.
     """
-    if conditioning.batch_size == 1:
-        conditioning = conditioning.repeat(len(latents))
     losses = []
     for timestep in timesteps:
         keys = torch.arange(len(latents)) * 1000 + timestep
@@ -107,5 +107,8 @@ def fixed_noise_validation(
             noise=noise,
             target=backbone.training_target(latents, noise, t),
         )
-        losses.append(denoising_loss(backbone, noised, conditioning))
+        told = conditioning(t) if callable(conditioning) else conditioning
+        if told.batch_size == 1:
+            told = told.repeat(len(latents))
+        losses.append(denoising_loss(backbone, noised, told))
     return torch.stack(losses).mean().item()

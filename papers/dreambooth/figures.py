@@ -3,35 +3,27 @@
 from pathlib import Path
 
 from common.data.images import load_image
+from common.evaluation.baselines import PLACEHOLDER
 from common.evaluation.claims import Figure
+from common.evaluation.class_samples import read_samples
 from common.evaluation.figures import labelled_image_rows
+from common.evaluation.study import benchmark_subject, folder_name
 from common.sampling.images import image_grid, save_png, to_pil
-from common.toyworld.benchmark import Subject
+from common.toyworld.benchmark import Subject, subjects
 
-from .experiments import (
-    INVERSION,
-    INVERSION_TOKEN,
-    NO_PRIOR,
-    PROPOSAL,
-    UNTUNED,
-    Plan,
-    benchmark_subject,
-    folder_name,
-    read_samples,
-    samples_folder,
-)
+from .experiments import INVERSION, NO_PRIOR, PROPOSAL, UNTUNED, Plan, samples_folder
 from .method import class_prompt, instance_prompt
 
 SHOWN = 8  # samples in a row
 ROWS = 3  # subjects in the figures that compare samples
 
 
-def draw_figures(plan: Plan, subjects: list[Subject], runs: Path, output: Path) -> list[Figure]:
+def draw_figures(plan: Plan, runs: Path, output: Path) -> list[Figure]:
     """Write output/figures/*.png."""
-    folder = output / "figures"
-    draw_prompts(plan, subjects, runs, folder / "prompts.png")
-    draw_class_samples(plan, subjects[:ROWS], runs, folder / "class_samples.png")
-    draw_diversity(plan, subjects[:ROWS], runs, folder / "diversity.png")
+    folder, toy_subjects = output / "figures", subjects(plan.study.num_subjects)
+    draw_prompts(plan, toy_subjects, runs, folder / "prompts.png")
+    draw_class_samples(plan, toy_subjects[:ROWS], runs, folder / "class_samples.png")
+    draw_diversity(plan, toy_subjects[:ROWS], runs, folder / "diversity.png")
     return [
         Figure("figures/prompts.png", "Subjects in prompts, DreamBooth above Textual Inversion (as Figure 4)"),
         Figure("figures/class_samples.png", "The class before tuning, without and with prior loss (as Figure 19)"),
@@ -39,38 +31,38 @@ def draw_figures(plan: Plan, subjects: list[Subject], runs: Path, output: Path) 
     ]
 
 
-def draw_prompts(plan: Plan, subjects: list[Subject], runs: Path, path: Path) -> None:
+def draw_prompts(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:
     """A training photo, then one picture per prompt; a row for each method."""
     cells, labels = [], []
-    for subject in subjects:
-        config, scored = plan.subject_config(subject, PROPOSAL), benchmark_subject(subject, plan)
-        for method, words in ((PROPOSAL, f"{config.identifier} {{class}}"), (INVERSION, INVERSION_TOKEN)):
+    for subject in toy_subjects:
+        config, scored = plan.subject_config(subject, PROPOSAL), benchmark_subject(subject, plan.study)
+        for method, words in ((PROPOSAL, f"{config.identifier} {{class}}"), (INVERSION, PLACEHOLDER)):
             pictures = runs / folder_name(method) / "images" / subject.name
             cells += [to_pil(subject.images[:1])[0]]
             labels += [f"{method}: photo of {subject.name}"]
             for i in range(len(scored.prompts)):
-                cells.append(load_image(pictures / f"{i:02d}-{plan.seeds[0]}.png"))
+                cells.append(load_image(pictures / f"{i:02d}-{plan.study.seeds[0]}.png"))
                 labels.append(scored.prompt(i, words))
-    save_png(image_grid(cells, 2 + plan.num_prompts, labels, upscale=2), path)
+    save_png(image_grid(cells, 2 + plan.study.num_prompts, labels, upscale=2), path)
 
 
-def draw_class_samples(plan: Plan, subjects: list[Subject], runs: Path, path: Path) -> None:
+def draw_class_samples(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:
     """ "a [class noun]" at equal seeds from the untuned, the naively tuned and the proposed model."""
     rows = {}
-    for subject in subjects:
+    for subject in toy_subjects:
         prompt = class_prompt(plan.subject_config(subject, PROPOSAL))
         rows[f"training photos of {subject.name}"] = subject.images
         for method in (UNTUNED, NO_PRIOR, PROPOSAL):
-            rows[f"{prompt}, {method}"] = read_samples(samples_folder(runs, method, subject.name), "class")[:SHOWN]
+            rows[f"{prompt}, {method}"] = read_samples(samples_folder(runs, method, subject.name) / "class")[:SHOWN]
     save_png(labelled_image_rows(rows), path)
 
 
-def draw_diversity(plan: Plan, subjects: list[Subject], runs: Path, path: Path) -> None:
+def draw_diversity(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:
     """ "a [V] [class noun]" at equal seeds without and with the prior loss."""
     rows = {}
-    for subject in subjects:
+    for subject in toy_subjects:
         prompt = instance_prompt(plan.subject_config(subject, PROPOSAL))
         rows[f"training photos of {subject.name}"] = subject.images
         for method in (NO_PRIOR, PROPOSAL):
-            rows[f"{prompt}, {method}"] = read_samples(samples_folder(runs, method, subject.name), "subject")[:SHOWN]
+            rows[f"{prompt}, {method}"] = read_samples(samples_folder(runs, method, subject.name) / "subject")[:SHOWN]
     save_png(labelled_image_rows(rows), path)

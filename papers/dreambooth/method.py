@@ -23,6 +23,7 @@ from common.backbones import Backbone, Conditioning, load_backbone
 from common.data.prompt_cache import PromptCache
 from common.io import atomic_write_text
 from common.sampling import sample_images
+from common.training.losses import fixed_noise_validation
 from common.training.noising import NoisedBatch, noise_batch
 from common.training.seeding import derive_seed
 
@@ -168,6 +169,12 @@ class DreamBooth:
             num_inference_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
         )
+
+    @torch.no_grad()
+    def validation_loss(self, latents: Tensor) -> float:
+        """Eq. 1 of pictures (B,4,h,w) under "a [V] [class noun]", with noise and timesteps that never change."""
+        conditioning = self.backbone.encode_prompt(instance_prompt(self.config))
+        return fixed_noise_validation(self.backbone, latents, conditioning)
 
     def save(self, folder: Path) -> None:
         """Write the folder of a diffusers pipeline, and artifact.json last: without it the folder is not complete."""

@@ -4,84 +4,44 @@ Trains every method on every subject (subjects that are finished are not done ag
 writes results.json, figures/*.png and the card's table.
 """
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import tyro
+from common.evaluation.claims import Claim, compare, not_run
+from common.evaluation.reproduction import Findings, Setup, reproduce
+from common.evaluation.study import Scores, benchmark_row
 
-from common.backbones import load_backbone
-from common.evaluation.bootstrap import paired_difference
-from common.evaluation.claims import Claim, Results, save_results, verdict, write_card_table
-from common.evaluation.records import describe_machine
-from common.fingerprint import weights_hash
-from common.toyworld.benchmark import subjects
-from common.training.optimize import default_device
-
-from .experiments import INVERSION, NO_NOUN, NO_PRIOR, PROPOSAL, UNTUNED, WRONG_NOUN, Plan, Scores, measure
+from .experiments import INVERSION, NO_NOUN, NO_PRIOR, PROPOSAL, UNTUNED, WRONG_NOUN, Plan, measure
 from .figures import draw_figures
-from .method import SLUG
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 0.05  # identity cosine: what "at most slightly higher" may mean
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReproduceOptions:
-    """Measure the paper's claims in the toy world."""
-
-    quick: bool = False
-    """One subject and four steps, to see that everything runs; it says nothing about the claims."""
-    output: Path | None = None
-    """Folder of results.json, figures/ and runs/. Default: results and figures go into the paper's folder, runs into
-    runs/reproduce/, and the card's table is renewed; with --quick, everything goes into runs/quick/."""
-    backbone: str = "tiny-sd"
-    """A preset or a diffusers folder."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, measure, draw, write."""
-    options, started = tyro.cli(ReproduceOptions, args=argv), time.perf_counter()
-    output = options.output or (Path("runs/quick") / SLUG if options.quick else HERE)
-    is_card = output.resolve() == HERE
-    if is_card and options.quick:
-        raise ValueError("--quick does not write into the paper's folder: choose another --output")
-    runs = Path("runs/reproduce") / SLUG if is_card else output / "runs"
-    plan = Plan.quick() if options.quick else Plan.full()
+    reproduce(HERE, run, argv)
 
-    toy_subjects = subjects(plan.num_subjects)
-    scores = measure(options.backbone, plan, toy_subjects, runs)
-    figures = draw_figures(plan, toy_subjects, runs, output)
 
-    backbone = load_backbone(options.backbone)
-    backbone_name = Path(backbone.name).name
-    results = Results(
-        slug=SLUG,
-        command=f"make reproduce PAPER={SLUG}",
-        backbone=f"{backbone_name}, unet {weights_hash(backbone.unet)}",
-        seeds=list(plan.seeds),
+def run(setup: Setup) -> Findings:
+    plan = Plan.quick() if setup.quick else Plan.full()
+    scores = measure(setup.backbone, plan, setup.runs)
+    return Findings(
+        claims=claims(scores, plan, setup.backbone),
+        figures=draw_figures(plan, setup.runs, setup.output),
+        seeds=list(plan.study.seeds),
         steps=plan.config.train_steps,
-        machine=describe_machine(str(default_device())),
-        seconds=time.perf_counter() - started,
-        claims=claims(scores, plan, backbone_name),
-        figures=figures,
+        benchmark=benchmark_row(PROPOSAL, scores, plan.study, setup.backbone),
     )
-    save_results(results, output / "results.json")
-    if is_card:
-        write_card_table(HERE / "README.md", results)
-    for claim in results.claims:
-        print(f"{claim.holds:>14}  {claim.text}: {claim.ours or '-'}")
-    print(f"wrote {output / 'results.json'}")
 
 
 def claims(scores: Scores, plan: Plan, backbone_name: str) -> list[Claim]:
     """The full-scale claims, which were not run, and the four small-scale ones in parts."""
-    setting = f"{backbone_name}, {plan.num_subjects} subjects, {plan.config.train_steps} steps"
-    seeds = f"seeds {plan.seeds[0]}-{plan.seeds[-1]}"
-    of_subject = f"{setting}, {seeds}; judge, against {plan.held_out} held-out views"
+    setting = f"{plan.study.setting(backbone_name)}, {plan.config.train_steps} steps"
+    of_subject = f"{setting}; judge, against {plan.study.held_out} held-out views"
     of_class = f'{setting}; {len(plan.class_seeds)} samples of "a photo of a [class noun]"'
-    asked = f"{setting}, {plan.num_prompts} prompts, {seeds}; judge: what the prompt asks for beyond the class"
-    loss = f"{setting}; denoising loss of {plan.held_out} held-out views, fixed noise, 10 timesteps"
+    asked = f"{setting}; judge: what the prompt asks for beyond the class"
+    loss = f"{setting}; denoising loss of {plan.study.held_out} held-out views, fixed noise, 10 timesteps"
     drift = f"{of_class}, Frechet distance of judge features to {plan.class_renders} renders of the class"
     pres = f"{of_class}, cosine of judge features with the training photos"
     spread = f"{setting}; {len(plan.subject_seeds)} samples, mean distance of judge features"
@@ -104,31 +64,24 @@ def claims(scores: Scores, plan: Plan, backbone_name: str) -> list[Claim]:
         ("the correct class noun has a lower subject error than none (1 - identity cosine)",
          "identity error", NO_PRIOR, NO_NOUN, "lower", nouns),
     ]  # fmt: skip
-    measured = [compare(scores, *row) for row in rows]
-    measured.insert(6, slightly_higher(scores, of_subject))
-    return [*not_run(), *measured]
+    measured = [
+        compare(scores[score], first, second, claimed, text=text, how=how)
+        for text, score, first, second, claimed, how in rows
+    ]
+    for claim in measured:  # how the class was before tuning
+        for score, how in (("class distance", drift), ("PRES", pres)):
+            if claim.how == how:
+                untuned = list(scores[score][UNTUNED].values())
+                detail = f"{claim.detail}; {sum(untuned) / len(untuned):.4g} ({UNTUNED})"
+                measured[measured.index(claim)] = replace(claim, detail=detail)
+    price = compare(
+        scores["identity error"], PROPOSAL, NO_PRIOR, "lower", margin=MARGIN, how=of_subject,
+        text=f"prior loss raises the subject error by less than {MARGIN} (1 - identity cosine)",
+    )  # fmt: skip
+    return [*full_scale(), *measured[:6], price, *measured[6:]]
 
 
-def compare(scores: Scores, text: str, score: str, first: str, second: str, claimed: str, how: str) -> Claim:
-    """One row: the paired difference of two methods over the subjects."""
-    values = scores[score]
-    ours = paired_difference(values[first], values[second])
-    names = [name for name in (first, second, UNTUNED) if name in values]
-    means = [f"{sum(values[name].values()) / len(values[name]):.4f} ({name})" for name in names]
-    detail = " against ".join(means[:2]) + "".join(f"; {mean}" for mean in means[2:])
-    return Claim(text=text, place="", paper="-", ours=ours, detail=detail, how=how, holds=verdict(ours, claimed))
-
-
-def slightly_higher(scores: Scores, how: str) -> Claim:
-    """The price of the prior loss in subject error: its whole interval has to lie below the margin."""
-    text = f"prior loss raises the subject error by less than {MARGIN} (1 - identity cosine)"
-    claim = compare(scores, text, "identity error", PROPOSAL, NO_PRIOR, "lower", how)
-    ours = claim.ours
-    beyond = replace(ours, mean=ours.mean - MARGIN, low=ours.low - MARGIN, high=ours.high - MARGIN)
-    return replace(claim, holds=verdict(beyond, "lower"))
-
-
-def not_run() -> list[Claim]:
+def full_scale() -> list[Claim]:
     """The paper's own numbers."""
     rows = [
         ("subject fidelity (DINO) higher than Textual Inversion's", "Table 1", "0.668 against 0.569",
@@ -139,7 +92,7 @@ def not_run() -> list[Claim]:
         ("prior loss: DIV up", "Table 3", "0.371 -> 0.391", "Imagen, 15 subjects, LPIPS"),
         ("correct class noun, wrong, none: DINO", "Table 4", "0.744, 0.454, 0.303", "Imagen, 5 subjects"),
     ]  # fmt: skip
-    return [Claim(text=t, place=p, paper=v, ours=None, how=how, holds="not run") for t, p, v, how in rows]
+    return [not_run(text, place=place, paper=paper, how=how) for text, place, paper, how in rows]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset, ZipDataset
 from common.training.config import FitConfig
 from common.training.loop import fit
-from common.training.losses import fixed_noise_validation
 from common.training.optimize import default_device, make_accelerator, on_main_process
 from common.training.seeding import derive_seed, seeded_generator
 
@@ -104,7 +103,7 @@ def train(options: TrainOptions) -> DreamBooth:
             sample_every=options.sample_every,
         ),
         options.output / "training",
-        validate=lambda: fixed_noise_validation(backbone, plain, backbone.encode_prompt(instance_prompt(config))),
+        validate=lambda: method.validation_loss(plain),
         sample_grid=partial(method.generate, seeds=list(range(options.num_samples))) if options.num_samples else None,
         resume=options.resume,
     )

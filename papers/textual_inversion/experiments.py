@@ -1,7 +1,7 @@
 """What reproduce.py measures: every variant of the method on every toy subject, and ordinary words as baselines."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,22 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.backbones import Backbone
+from common.backbones import Backbone, load_backbone
 from common.data.image_folder import ImageFolder
 from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset
-from common.evaluation.benchmark import Generator, run_benchmark
-from common.evaluation.encoders import load_encoders
-from common.evaluation.records import read_records
-from common.evaluation.subjects import SUBJECT_GAP, BenchmarkSubject, from_toy_world
-from common.fingerprint import weights_hash
+from common.evaluation.study import PLAIN_PROMPT, Candidate, Scores, Study, folder_name, run_study
 from common.sampling import sample_images
-from common.sampling.images import save_png, to_pil
-from common.toyworld.benchmark import Subject, held_out_views
+from common.toyworld.benchmark import Subject, held_out_views, subjects
 from common.toyworld.captions import entity_phrase
-from common.toyworld.judge import Judge
 from common.training.config import flat_config
 from common.training.loop import fit
+from common.training.optimize import default_device
 
 from .config import TextualInversionConfig
 from .method import TextualInversion
@@ -35,29 +30,25 @@ from .variants import PerImageTextualInversion, train_progressively
 NUM_CAPTIONS = 8  # natural captions tried for each subject
 PLACEHOLDER = "<{class}>"  # S* of the toy subjects: "<duck>"
 ONE_VECTOR, INITIALIZER, CAPTION = "1 vector", "initializer", "best caption"  # the proposal and the baselines
-
-Scores = dict[str, dict[str, float]]  # score or variant -> subject -> value
+EARLY = "early held-out loss"  # after a quarter of the steps
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much is measured."""
 
+    study: Study
     config: TextualInversionConfig
-    num_subjects: int
     num_styles: int
-    num_prompts: int  # per subject, besides "a photo of a S*"
-    seeds: tuple[int, ...]
-    held_out: int  # pictures per subject
 
     @classmethod
     def full(cls) -> "Plan":
-        return cls(TextualInversionConfig.tiny(), num_subjects=5, num_styles=2, num_prompts=6, seeds=(0, 1), held_out=8)
+        return cls(Study(), TextualInversionConfig.tiny(), num_styles=2)
 
     @classmethod
     def quick(cls) -> "Plan":
-        config = replace(TextualInversionConfig.tiny(), train_steps=10, num_inference_steps=2)
-        return cls(config, num_subjects=1, num_styles=1, num_prompts=2, seeds=(0,), held_out=2)
+        config = replace(TextualInversionConfig.tiny(), train_steps=8, num_inference_steps=2)
+        return cls(Study.quick(), config, num_styles=1)
 
 
 @dataclass(frozen=True)
@@ -83,127 +74,71 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the claims rest on, by variant or baseline."""
-
-    losses: Scores = field(default_factory=dict)  # held-out denoising loss at the end
-    early_losses: Scores = field(default_factory=dict)  # after a quarter of the steps
-    scores: dict[str, Scores] = field(default_factory=dict)  # see `read_scores`
-
-
-def measure(backbone: Backbone, plan: Plan, subjects: list[Subject], runs: Path) -> Measured:
-    """Score the baselines, then train and score every variant; what is finished in `runs` is not done again."""
-    measured, by_name = Measured(), {subject.name: subject for subject in subjects}
-    held_out = {subject.name: held_out_latents(backbone, subject, plan.held_out) for subject in subjects}
-    scored = [benchmark_subject(subject, plan.num_prompts) for subject in subjects]
-    encoders, judge = load_encoders(), Judge.load()
-    unet = weights_hash(backbone.unet)
-
-    def score(name: str, make: object, settings: dict[str, object]) -> None:
-        folder = runs / "scores" / folder_name(name)
-        settings = settings | {"unet": unet}
-        run_benchmark(
-            make, scored, encoders, judge,
-            method=name, subject_words=PLACEHOLDER, settings=settings, seeds=plan.seeds, output_dir=folder,
-        )  # fmt: skip
-        measured.scores[name] = read_scores(folder / "records.jsonl", scored)
-
-    captions = {name: best_caption(backbone, subject, held_out[name]) for name, subject in by_name.items()}
-    nouns = {name: f"a {subject.class_noun}" for name, subject in by_name.items()}
-    for baseline, phrases in ((INITIALIZER, nouns), (CAPTION, captions)):
-        measured.losses[baseline] = {
-            name: prompt_loss(backbone, held_out[name], f"a photo of {phrase}") for name, phrase in phrases.items()
-        }
-        make = partial(ordinary_words, backbone, plan.config, phrases)
-        score(baseline, make, flat_config(config=plan.config, phrases=phrases))
-
+def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
+    """The study's scores of all variants and baselines, and EARLY of the plain variants."""
+    candidates = {
+        INITIALIZER: ordinary_words(backbone_name, plan, lambda subject: subject.class_noun),
+        CAPTION: ordinary_words(backbone_name, plan, partial(best_caption, backbone_name, plan.study.held_out)),
+    }
     for name, variant in VARIANTS.items():
-        make = partial(train_on_subject, backbone, plan.config, name, held_out, runs)
-        score(name, make, flat_config(config=variant.config(plan.config), training=variant.training))
-        if variant.training == "plain":
-            curves = {subject: logged(run_folder(runs, subject, name), "validation_loss") for subject in by_name}
-            measured.losses[name] = {subject: curve[max(curve)] for subject, curve in curves.items()}
-            measured.early_losses[name] = {subject: curve[min(curve)] for subject, curve in curves.items()}
-    if backbone.placeholders is not None:
-        backbone.placeholders.remove()
-    return measured
-
-
-def benchmark_subject(subject: Subject, num_prompts: int) -> BenchmarkSubject:
-    """The subject with "a photo of a S*" first, which shows fidelity, and then prompts that show compliance.
-
-    Compliance is what a prompt asks for beyond the class: background, style, colour, relation, accessory.
-    """
-    (spread,) = from_toy_world([subject], num_prompts)
-    asked = [{name: label for name, label in wanted.items() if name != "class"} for wanted in spread.expected]
-    return replace(spread, prompts=[f"a photo of a {SUBJECT_GAP}", *spread.prompts], expected=[{}, *asked])
-
-
-@torch.no_grad()
-def held_out_latents(backbone: Backbone, subject: Subject, count: int) -> Tensor:
-    """Latents (count,4,h,w) of pictures of the subject that training does not see."""
-    return backbone.encode_images(held_out_views(subject.entity, count))
+        config = variant.config(plan.config)
+        candidates[name] = Candidate(
+            words=PLACEHOLDER,
+            settings=flat_config(config=config, training=variant.training),
+            train=partial(train_on_subject, backbone_name, plan, variant),
+        )
+    scores = run_study(backbone_name, candidates, plan.study, runs)
+    names = [subject.name for subject in subjects(plan.study.num_subjects)]
+    scores[EARLY] = {
+        name: {subject: early_loss(training_folder(runs, name, subject)) for subject in names}
+        for name, variant in VARIANTS.items()
+        if variant.training == "plain"
+    }
+    return scores
 
 
 def train_on_subject(
-    backbone: Backbone,
-    config: TextualInversionConfig,
-    variant_name: str,
-    held_out: Mapping[str, Tensor],
-    runs: Path,
-    subject: BenchmarkSubject,
+    backbone_name: str, plan: Plan, variant: Variant, subject: Subject, photos: Path, run: Path
 ) -> TextualInversion:
     """A variant on a toy subject: the class noun is the initializer, "<duck>" the placeholder."""
-    config = replace(config, initializer_token=subject.class_noun)
-    run = run_folder(runs, subject.name, variant_name)
-    return train_concept(backbone, config, VARIANTS[variant_name], subject.pixel_values, held_out[subject.name], run)
+    backbone = load_backbone(backbone_name, device=default_device()).freeze()
+    config = replace(plan.config, initializer_token=subject.class_noun)
+    with torch.no_grad():
+        held_out = backbone.encode_images(held_out_views(subject.entity, plan.study.held_out))
+    return train_concept(backbone, config, variant, photos, held_out, run)
 
 
 def train_concept(
-    backbone: Backbone,
-    config: TextualInversionConfig,
-    variant: Variant,
-    pixel_values: Tensor,
-    held_out: Tensor,
-    run: Path,
+    backbone: Backbone, config: TextualInversionConfig, variant: Variant, photos: Path, held_out: Tensor, run: Path
 ) -> TextualInversion:
-    """Train one variant on one concept, or take up the run that is there; other pseudo-words are removed first.
+    """Train one variant on a folder of pictures, or take up the run that is there.
 
     Args:
         config: of this concept, without the variant's changes.
-        pixel_values: training pictures (N,3,H,W) in [-1,1]; written beside the run folder as PNG files, as users have.
         held_out: latents (M,4,h,w) of pictures that training does not see, for the validation loss in the log.
     """
-    if backbone.placeholders is not None:
-        backbone.placeholders.remove()
     config = variant.config(config)
-    for i, image in enumerate(to_pil(pixel_values)):
-        save_png(image, run.parent / "pictures" / f"{i:02d}.png")
-    pictures = ImageFolder(run.parent / "pictures", resolution_px=backbone.resolution_px, flip=config.flip)
-    latents = LatentCache(pictures, backbone, cache_dir=run.parent / "latents")
+    latents = LatentCache(ImageFolder(photos, resolution_px=backbone.resolution_px, flip=config.flip), backbone)
 
     def dataset(config: TextualInversionConfig) -> SubjectDataset:
         return SubjectDataset(latents, config.training_prompts(), seed=config.seed)
 
     if variant.training == "progressive":
         unlock_every = max(1, config.train_steps * 2 // 5)  # 2000 of the paper's 5000
-        method = train_progressively(backbone, dataset, config, run, unlock_every=unlock_every)
+        return train_progressively(backbone, dataset, config, run, unlock_every=unlock_every)
+    if variant.training == "per-image":
+        method = PerImageTextualInversion(backbone, config, len(latents))
     else:
-        if variant.training == "per-image":
-            method = PerImageTextualInversion(backbone, config, len(latents))
-        else:
-            method = TextualInversion(backbone, config)
-        fit(
-            method,
-            dataset(config),
-            fit_config(config, validate_every=max(1, config.train_steps // 4)),
-            run,
-            validate=lambda: prompt_loss(backbone, held_out, config.plain_prompt()),
-            scalars=method.norms,
-            resume=True,
-        )
-    method.save(run)
+        method = TextualInversion(backbone, config)
+    fit(
+        method,
+        dataset(config),
+        fit_config(config, validate_every=max(1, config.train_steps // 4)),
+        run,
+        validate=lambda: prompt_loss(backbone, held_out, config.plain_prompt()),
+        scalars=method.norms,
+        resume=True,
+    )
     return method
 
 
@@ -213,69 +148,63 @@ class OrdinaryWords:
 
     backbone: Backbone
     config: TextualInversionConfig
+    placeholder: str
     words: str  # without article
 
     def generate(self, prompt: str, *, seeds: list[int]) -> Tensor:
-        """Pictures, one per seed, (B,3,H,W) in [-1,1]."""
         return sample_images(
             self.backbone,
-            prompt.replace(self.config.placeholder, self.words),
+            prompt.replace(self.placeholder, self.words),
             seeds=seeds,
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
         )
 
+    def validation_loss(self, latents: Tensor) -> float:
+        return prompt_loss(self.backbone, latents, PLAIN_PROMPT.format(self.words))
 
-def ordinary_words(
-    backbone: Backbone, config: TextualInversionConfig, phrases: Mapping[str, str], subject: BenchmarkSubject
-) -> Generator:
-    """A baseline for a subject.   phrases: subject name -> noun phrase with its article."""
-    config = replace(config, initializer_token=subject.class_noun)
-    return OrdinaryWords(backbone, config, phrases[subject.name].split(" ", 1)[1])
+    def save(self, folder: Path) -> None:
+        """The artifact is the words."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "words.txt").write_text(self.words, encoding="utf-8")
 
 
-def best_caption(backbone: Backbone, subject: Subject, held_out: Tensor) -> str:
-    """The noun phrase of the world's grammar, with its article, under which the held-out pictures have the lowest loss.
+def ordinary_words(backbone_name: str, plan: Plan, choose: Callable[[Subject], str]) -> Candidate:
+    """A baseline.   choose: the words for a subject."""
+
+    def prepare(subject: Subject, photos: Path, run: Path) -> OrdinaryWords:
+        backbone = load_backbone(backbone_name, device=default_device()).freeze()
+        return OrdinaryWords(backbone, plan.config, PLACEHOLDER.replace("{class}", subject.class_noun), choose(subject))
+
+    return Candidate(words=PLACEHOLDER, settings=flat_config(config=plan.config), train=prepare)
+
+
+def best_caption(backbone_name: str, held_out: int, subject: Subject) -> str:
+    """The noun phrase of the world's grammar under which the held-out pictures have the lowest loss, without article.
 
     Choosing on the held-out pictures favours this baseline.
     """
+    backbone = load_backbone(backbone_name, device=default_device()).freeze()
+    with torch.no_grad():
+        latents = backbone.encode_images(held_out_views(subject.entity, held_out))
     generators = [np.random.default_rng([7, k]) for k in range(NUM_CAPTIONS)]
     phrases = {entity_phrase(rng, subject.entity, "photo", keep=0.9)[0] for rng in generators}
-    return min(sorted(phrases), key=lambda phrase: prompt_loss(backbone, held_out, f"a photo of {phrase}"))
+    best = min(sorted(phrases), key=lambda phrase: prompt_loss(backbone, latents, f"a photo of {phrase}"))
+    return best.split(" ", 1)[1]
 
 
-def read_scores(records: Path, subjects: list[BenchmarkSubject]) -> Scores:
-    """Score -> subject -> mean over seeds and prompts.
-
-    attributes, identity: of "a photo of a S*".   compliance: of the other prompts.   product: identity x compliance.
-    """
-    rows = read_records(records)
-
-    def mean(subject: BenchmarkSubject, metric: str, prompts: list[str]) -> float:
-        kept = [r.value for r in rows if (r.subject, r.metric) == (subject.name, metric) and r.prompt in prompts]
-        return sum(kept) / len(kept)
-
-    found: Scores = {"attributes": {}, "identity": {}, "compliance": {}, "product": {}}
-    for subject in subjects:
-        plain, *others = [subject.prompt(i, PLACEHOLDER) for i in range(len(subject.prompts))]
-        found["attributes"][subject.name] = mean(subject, "subject_attributes", [plain])
-        found["identity"][subject.name] = identity = mean(subject, "identity", [plain])
-        found["compliance"][subject.name] = compliance = mean(subject, "prompt_attributes", others)
-        found["product"][subject.name] = max(0.0, identity) * compliance
-    return found
-
-
-def logged(run: Path, name: str) -> dict[int, float]:
-    """A number of a run's log by steps done."""
+def early_loss(run: Path) -> float:
+    """The first validation loss in a run's log."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["step"]: row[name] for row in rows if name in row}
+    losses = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    return losses[min(losses)]
 
 
-def run_folder(runs: Path, concept: str, variant_name: str) -> Path:
-    """Where a variant trains on a concept."""
-    return runs / folder_name(concept) / folder_name(variant_name)
+def training_folder(runs: Path, variant_name: str, subject: str) -> Path:
+    """Where the study has a variant train on a subject."""
+    return runs / folder_name(variant_name) / "training" / subject
 
 
-def folder_name(name: str) -> str:
-    """A name as a folder: "10x lr" -> "10x_lr"."""
-    return name.replace(" ", "_")
+def artifact_folder(runs: Path, variant_name: str, subject: str) -> Path:
+    """Where the study keeps what a variant learned of a subject."""
+    return runs / folder_name(variant_name) / "artifacts" / subject

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from common.backbones import Backbone, Conditioning, PlaceholderTokens, load_backbone
 from common.io import atomic_write_text, load_safetensors
 from common.sampling import sample_images
+from common.training.losses import fixed_noise_validation
 from common.training.noising import NoisedBatch, noise_batch
 
 from .config import TextualInversionConfig
@@ -137,6 +138,12 @@ class TextualInversion:
             num_inference_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
         )
+
+    @torch.no_grad()
+    def validation_loss(self, latents: Tensor) -> float:
+        """Eq. 2 of pictures (B,4,h,w) under the plain prompt, with noise and timesteps that never change."""
+        conditioning = self.backbone.encode_prompt(self.config.plain_prompt())
+        return fixed_noise_validation(self.backbone, latents, conditioning)
 
     def save(self, folder: Path) -> None:
         """Write learned_embeds.safetensors, which diffusers' `load_textual_inversion` reads, and artifact.json."""

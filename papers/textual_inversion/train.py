@@ -107,7 +107,7 @@ def train(options: TrainOptions) -> TextualInversion:
             sample_every=options.sample_every,
         ),
         options.output,
-        validate=lambda: prompt_loss(backbone, plain, config.plain_prompt()),
+        validate=lambda: method.validation_loss(plain),
         sample_grid=lambda: method.generate(config.plain_prompt(), seeds=SAMPLE_SEEDS),
         scalars=method.norms,
         resume=options.resume,

@@ -1,4 +1,4 @@
-"""Trainable residuals on frozen weights, for what PEFT does not have, and three helpers around PEFT's LoRA.
+"""Trainable residuals on frozen weights, for what PEFT does not have, and helpers around PEFT's LoRA.
 
     residuals = {"mid_block...attn2.to_k.weight": SpectralShift(weight), ...}
     with attach(residuals, unet) as attached:
@@ -10,10 +10,19 @@ Attaching replaces `forward` of the layer objects, so the network's state_dict k
 """
 
 from common.backbones.adapters.attach import AttachedResiduals, attach
-from common.backbones.adapters.lora import add_lora, export_lora, set_lora_strength
+from common.backbones.adapters.lora import (
+    ATTENTION_PROJECTIONS,
+    add_lora,
+    export_lora,
+    lora_layers,
+    merge_lora,
+    set_lora_strength,
+    unmerge_lora,
+)
 from common.backbones.adapters.residuals import DenseDelta, LowRank, SpectralShift, WeightResidual
 
 __all__ = [
+    "ATTENTION_PROJECTIONS",
     "AttachedResiduals",
     "DenseDelta",
     "LowRank",
@@ -22,5 +31,8 @@ __all__ = [
     "add_lora",
     "attach",
     "export_lora",
+    "lora_layers",
+    "merge_lora",
     "set_lora_strength",
+    "unmerge_lora",
 ]

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from common.backbones.adapters.residuals import WeightResidual
 
+_LAYERS = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
+_LAYER_NAMES = "Linear, Conv2d, GroupNorm, LayerNorm and Embedding"
+
 
 def apply_weight(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `layer` computes with another weight and bias; without bias it is linear in the weight."""
@@ -20,7 +23,9 @@ def apply_weight(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor 
             return F.group_norm(inputs, layer.num_groups, weight, bias, layer.eps)
         case nn.LayerNorm():
             return F.layer_norm(inputs, layer.normalized_shape, weight, bias, layer.eps)
-    raise TypeError(f"weight residuals work on Linear, Conv2d, GroupNorm and LayerNorm, got {type(layer).__name__}")
+        case nn.Embedding():
+            return F.embedding(inputs, weight)
+    raise TypeError(f"weight residuals work on {_LAYER_NAMES}, got {type(layer).__name__}")
 
 
 class _ResidualForward:
@@ -36,10 +41,12 @@ class _ResidualForward:
         active = [] if self.merged_original is not None else [r for r in self.residuals if not _is_zero(r.strength)]
         if not active:
             return type(layer).forward(layer, inputs)
-        output = apply_weight(layer, inputs, self.weight(active), layer.bias)
-        for residual in active:
-            if _is_per_sample(residual.strength):
-                output = output + self._per_sample(residual, inputs)
+        changes = [(residual, residual.output_change(layer, inputs)) for residual in active]
+        rebuilt = [residual for residual, change in changes if change is None]
+        output = apply_weight(layer, inputs, self.weight(rebuilt), getattr(layer, "bias", None))
+        for residual, change in changes:
+            if change is not None or _is_per_sample(residual.strength):
+                output = output + self._scaled(residual, inputs, change)
         return output
 
     def weight(self, residuals: list[WeightResidual]) -> Tensor:
@@ -50,16 +57,20 @@ class _ResidualForward:
                 weight = weight + residual.strength * residual.delta(frozen)
         return weight.to(frozen.dtype)
 
-    def _per_sample(self, residual: WeightResidual, inputs: Tensor) -> Tensor:
+    def _scaled(self, residual: WeightResidual, inputs: Tensor, change: Tensor | None) -> Tensor:
+        """strength * what the residual adds to the output; `change` is that at strength 1, if it is known."""
         strength = residual.strength
-        if len(strength) != len(inputs):
+        if _is_per_sample(strength) and len(strength) != len(inputs):
             raise ValueError(
                 f"strength has {len(strength)} values, but a layer got {len(inputs)} rows: give one for each row, "
                 "both halves of a guidance batch and every frame included"
             )
-        change = residual.delta(self.layer.weight).to(self.layer.weight.dtype)
-        output = apply_weight(self.layer, inputs, change, None)
-        return strength.to(output).reshape(-1, *[1] * (output.ndim - 1)) * output
+        if change is None:
+            weight = self.layer.weight
+            change = apply_weight(self.layer, inputs, residual.delta(weight).to(weight.dtype), None)
+        if _is_per_sample(strength):
+            strength = strength.to(change).reshape(-1, *[1] * (change.ndim - 1))
+        return strength * change
 
 
 def _is_per_sample(strength: float | Tensor) -> bool:
@@ -160,8 +171,8 @@ def attach(residuals: Mapping[str, WeightResidual], module: nn.Module) -> Attach
 def _layer_of(module: nn.Module, name: str) -> nn.Module:
     path = name.removesuffix(".weight")
     layer = module.get_submodule(path)
-    if not isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
-        raise TypeError(f"{name} belongs to {type(layer).__name__}; Linear, Conv2d, GroupNorm, LayerNorm are supported")
+    if not isinstance(layer, _LAYERS):
+        raise TypeError(f"{name} belongs to {type(layer).__name__}; {_LAYER_NAMES} are supported")
     if not isinstance(vars(layer).get("forward"), _ResidualForward | None):
         raise RuntimeError(f"the forward of {path} has been replaced by something else: attach residuals first")
     return layer

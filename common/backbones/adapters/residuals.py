@@ -19,6 +19,13 @@ class WeightResidual(nn.Module, ABC):
     def delta(self, weight: Tensor) -> Tensor:
         """The change at strength 1, in the shape of the frozen `weight`."""
 
+    def output_change(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
+        """What the change adds to the layer's output at strength 1, where that is cheaper than to build `delta`.
+
+        None = build it. The two may differ by rounding, but not where the change is 0.
+        """
+        return None
+
 
 class SpectralShift(WeightResidual):
     """W = U diag(s) V^T becomes U diag(relu(s + shift)) V^T; `shift` is trained and starts at 0 (then W exactly).
@@ -38,8 +45,26 @@ class SpectralShift(WeightResidual):
         self.shift = nn.Parameter(torch.zeros_like(spectrum))
 
     def delta(self, weight: Tensor) -> Tensor:
-        change = F.relu(self.spectrum + self.shift) - self.spectrum
-        return ((self.left * change) @ self.right).reshape(weight.shape)
+        return ((self.left * self._change()) @ self.right).reshape(weight.shape)
+
+    def output_change(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
+        """U diag(change) V^T x from right to left, in training and where there are fewer positions than shifts."""
+        if not torch.is_grad_enabled():
+            return None  # bit for bit what the merged weight gives
+        dtype = inputs.dtype if inputs.is_floating_point() else layer.weight.dtype
+        left, change, right = (part.to(dtype) for part in (self.left, self._change(), self.right))
+        match layer:
+            case nn.Embedding():
+                return (F.embedding(inputs, left) * change) @ right
+            case nn.Linear() if inputs[..., 0].numel() < len(change):
+                return F.linear(F.linear(inputs, right) * change, left)
+            case nn.Conv2d(groups=1) if inputs[:, 0].numel() < len(change):
+                coordinates = layer._conv_forward(inputs, right.unflatten(1, layer.weight.shape[1:]), None)
+                return F.conv2d(coordinates * change[:, None, None], left[:, :, None, None])
+        return None
+
+    def _change(self) -> Tensor:
+        return F.relu(self.spectrum + self.shift) - self.spectrum
 
 
 class DenseDelta(WeightResidual):

@@ -49,9 +49,16 @@ def export(config: ExportConfig) -> None:
     save_tokenizer(pipeline.tokenizer, config.output / "tokenizer")
     forget_origin(config.output)
     _, header = load_safetensors(config.unet_run / "checkpoint.safetensors")
-    atomic_write_text(config.output / "training.json", header["progress"] + "\n")
+    training = json.loads(header["progress"]) | {"validation_loss": validation_curve(config.unet_run / "log.jsonl")}
+    atomic_write_text(config.output / "training.json", json.dumps(training, indent=2) + "\n")
     write_card(config.output)
     print(f"written to {config.output}, {folder_bytes(config.output) / 2**20:.1f} MiB")
+
+
+def validation_curve(log: Path) -> dict[int, float]:
+    """Fixed-noise validation loss by steps done, from a run's log."""
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    return {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
 
 
 def forget_origin(folder: Path) -> None:
@@ -78,6 +85,11 @@ def write_card(folder: Path) -> None:
         "",
         f"UNet: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds'] / 3600:.1f} hours; "
         "the averaged weights are stored.",
+        "Fixed-noise validation loss after steps: "
+        + ", ".join(f"{int(step):,}: {loss:.4f}" for step, loss in training["validation_loss"].items())
+        + ".",
+        "To train on from these weights: `python -m common.toyworld.pretrain unet --start-from FOLDER/unet --vae "
+        "FOLDER/vae --text-encoder FOLDER/text_encoder --data SHARDS --minutes N`, with FOLDER this one.",
         "Latents have zero mean and unit variance in each channel by the VAE's own weights, so scaling_factor is 1.",
     ]
     measured = folder / MEASUREMENTS

@@ -35,7 +35,8 @@ class JudgeConfig(LoopConfig):
     ema_decay: float = 0.998
     validate_minutes: float = 5.0
     weights: Path = WEIGHTS / "judge.safetensors"  # file to write at the end
-    identity_weight: float = 0.1  # of the identity loss; 1 for the mean of the attribute losses
+    identity_weight: float = 0.03  # of the identity loss; 1 for the mean of the attribute losses
+    entity_weight: float = 0.3  # of the loss of the entity map
 
 
 class JudgeTrainer(nn.Module):
@@ -46,14 +47,22 @@ class JudgeTrainer(nn.Module):
         self.judge = Judge({name: list(values) for name, values in LABELS.items()})
         self.instances = nn.Parameter(torch.randn(num_instances, IDENTITY))
 
-    def forward(self, pixel_values: Tensor, labels: dict[str, Tensor], instances: Tensor) -> dict[str, Tensor]:
-        """Attribute losses (see clip.attribute_loss) and the identity loss over samples with instances >= 0."""
-        features = self.judge.features(pixel_values)
+    def forward(
+        self, pixel_values: Tensor, masks: Tensor, labels: dict[str, Tensor], instances: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of attributes (see clip.attribute_loss), entity map, and identity (of samples with instances >= 0)."""
+        features, entity_logits = self.judge.features_and_entities(pixel_values)
         parts = {"attributes": attribute_loss(self.judge.heads, features, labels)}
+        parts["entities"] = F.cross_entropy(entity_logits.float(), entity_shares(masks))
         known = instances >= 0
         embeds = F.normalize(self.judge.identity(features[known]).float(), dim=-1)
         parts["identity"] = identity_loss(embeds, self.instances, instances[known])
         return parts
+
+
+def entity_shares(masks: Tensor) -> Tensor:
+    """Share of background, first and second entity in 8x8 px cells; masks (B, 64, 64) -> (B, 3, 8, 8)."""
+    return F.avg_pool2d(F.one_hot(masks.long().clamp(max=2), 3).permute(0, 3, 1, 2).float(), 8)
 
 
 def identity_loss(embeds: Tensor, directions: Tensor, instances: Tensor) -> Tensor:
@@ -125,14 +134,17 @@ def train_judge(config: JudgeConfig) -> None:
     device = default_device()
     data, validation = load_training_data(config.data, config.max_images)
     trainer = JudgeTrainer(int(data.instances.max()) + 1)
-    images, instances = data.images.to(device), data.instances.to(device)
+    images, masks, instances = (part.to(device) for part in (data.images, data.masks, data.instances))
     labels = {name: values.to(device) for name, values in data.labels.items()}
 
     def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         indices = indices.to(device)
         pixel_values = augment(to_pixel_values(images[indices]), generator)
-        parts = trainer(pixel_values, {name: x[indices] for name, x in labels.items()}, instances[indices])
-        return {"loss": parts["attributes"] + config.identity_weight * parts["identity"]} | parts
+        parts = trainer(
+            pixel_values, masks[indices], {name: x[indices] for name, x in labels.items()}, instances[indices]
+        )
+        total = parts["attributes"] + config.entity_weight * parts["entities"]
+        return {"loss": total + config.identity_weight * parts["identity"]} | parts
 
     def validate() -> dict[str, float]:
         accuracy = attribute_accuracy(trainer.judge, validation.images, validation.labels)

@@ -3,17 +3,18 @@
 Epsilon objective on Stable Diffusion's schedule, min-SNR-5 weights, captions dropped to "" one time in ten.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from common.backbones import Backbone
+from common.sampling import sample_images
 from common.sampling.images import image_grid
 from common.toyworld.pretrain.data import (
     PromptTable,
@@ -61,6 +62,7 @@ class UnetConfig(LoopConfig):
     validate_minutes: float = 20.0
     paraphrases: int = 3  # captions an image, of those in the shards; fewer fill the cache of embeddings sooner
     guidance_scale: float = 4.0  # of the sample grid; s of uncond + s * (cond - uncond)
+    start_from: Path | None = None  # diffusers folder of a UNet to go on from; its VAE and text encoder must be these
 
 
 def denoising_losses(
@@ -77,45 +79,16 @@ def denoising_losses(
     return (noise_pred.float() - noise).square().mean((1, 2, 3))
 
 
-@torch.no_grad()
-def generate(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    scheduler: DDPMScheduler,
-    prompt_embeds: Tensor,
-    empty_embeds: Tensor,
-    *,
-    seeds: Sequence[int],
-    guidance_scale: float,
-    num_inference_steps: int = 30,
-) -> Tensor:
-    """Pictures (B, 3, 64, 64) in [-1, 1] on the CPU, by DDIM; row i depends on seeds[i] and prompt_embeds[i] only.
-
-    Args:
-        prompt_embeds: (B, 77, D).
-        empty_embeds: of the empty prompt, (1, 77, D).
-        guidance_scale: s of uncond + s * (cond - uncond), above 1.
-    """
-    device = next(unet.parameters()).device
-    ddim = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
-    ddim.set_timesteps(num_inference_steps)
-    size = unet.config.sample_size
-    noise = [torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.stack(noise).to(device)
-    context = torch.cat([empty_embeds.expand(len(seeds), -1, -1), prompt_embeds]).to(device)
-    for timestep in ddim.timesteps:
-        uncond, cond = unet(torch.cat([latents, latents]), timestep, context).sample.chunk(2)
-        latents = ddim.step(uncond + guidance_scale * (cond - uncond), timestep, latents).prev_sample
-    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1).float().cpu()
-
-
 def train_unet(config: UnetConfig) -> None:
     """Train; the averaged weights end in OUTPUT/unet (and are in every checkpoint before)."""
     torch.manual_seed(config.seed)
     device, tokenizer = default_device(), load_tokenizer()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(ARCHITECTURE / "unet"))
+    if config.start_from is None:
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(ARCHITECTURE / "unet"))
+    else:
+        unet = UNet2DConditionModel.from_pretrained(config.start_from, torch_dtype=torch.float32)
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # same values; torch's fused CPU attention is slower at these sizes
     scheduler = DDPMScheduler.from_pretrained(ARCHITECTURE / "scheduler")
@@ -129,8 +102,7 @@ def train_unet(config: UnetConfig) -> None:
     all_captions = [text for texts in captions for text in texts]
     prompts = PromptTable(tokenizer, text_encoder, all_captions, cache / "prompt_embeds.npy")
     rows = caption_rows(captions, prompts.rows)
-    grid_embeds = encode_texts(tokenizer, text_encoder, GRID_PROMPTS)
-    empty_embeds = encode_texts(tokenizer, text_encoder, [""])
+    backbone = Backbone("tiny-sd", unet, vae, text_encoder, tokenizer, scheduler)
     check = _validation_batches(validation, vae, text_encoder, tokenizer, cache)
     del data, validation  # the pictures are no longer needed
 
@@ -149,10 +121,8 @@ def train_unet(config: UnetConfig) -> None:
         return {"loss": torch.cat(losses).mean().item()}
 
     def sample_grid() -> Image.Image:
-        pictures = generate(
-            unet, vae, scheduler, grid_embeds, empty_embeds,
-            seeds=range(len(GRID_PROMPTS)), guidance_scale=config.guidance_scale,
-        )  # fmt: skip
+        seeds = range(len(GRID_PROMPTS))
+        pictures = sample_images(backbone, GRID_PROMPTS, seeds=seeds, guidance_scale=config.guidance_scale)
         return image_grid(pictures, columns=4, labels=GRID_PROMPTS, upscale=2)
 
     train(Recipe("unet", unet, len(latents), loss, validate, sample_grid), config)

@@ -1,6 +1,7 @@
 """Recipe 1: the autoencoder, 64x64x3 pixels to 16x16x4 latents.
 
-Plain L1 + MSE loses the hue of small parts, so object pixels weigh more than background and chroma more than luma.
+Plain L1 + MSE loses the hue of small parts, so object pixels weigh more than background and colour differences count
+twice: in RGB and as chroma.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from common.toyworld.pretrain.loop import LoopConfig, Recipe, train
 from common.training.optimize import default_device
 
 ARCHITECTURE = Path(__file__).parents[2] / "backbones" / "architectures" / "tiny-sd"
-# BT.601 luma and colour differences of [-1, 1] RGB
-YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+CHROMA = ((-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # BT.601: RGB -> Cb, Cr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +31,25 @@ class VaeConfig(LoopConfig):
     learning_rate: float = 1.5e-3
     ema_decay: float = 0.997
     validate_minutes: float = 3.0
-    object_weight: float = 4.0  # weight of a pixel inside the mask; 1 outside
-    chroma_weight: float = 2.0  # weight of Cb and Cr; 1 for luma
-    edge_weight: float = 0.25  # weight of the differences between neighbouring pixels
-    kl_weight: float = 1e-6  # per latent element, summed
+    object_weight: float = 6.0  # weight of a pixel inside the mask; 1 outside
+    chroma_weight: float = 1.0  # of the squared error of Cb and Cr; 1 for that of RGB
+    absolute_weight: float = 0.005  # of the absolute error; it keeps flat areas calm
+    kl_weight: float = 1e-8  # per latent element, summed
+    start_from: Path | None = None  # diffusers folder of a VAE to go on from
 
 
 def reconstruction_loss(error: Tensor, masks: Tensor, config: VaeConfig) -> Tensor:
-    """Weighted L1 + 2 MSE in YCbCr, plus L1 of horizontal and vertical differences.
+    """Mean over pixels of the squared error in RGB and chroma, and a little absolute error, entities weighing more.
 
     Args:
         error: reconstruction minus image, (B, 3, H, W).
-        masks: (B, H, W), 1 on entities.
+        masks: (B, H, W), above 0 on entities.
     """
-    channel_weights = error.new_tensor([[1.0], [config.chroma_weight], [config.chroma_weight]])
-    transform = error.new_tensor(YCBCR) * channel_weights
-    weights = 1 + (config.object_weight - 1) * masks[:, None].float()
-    difference = torch.einsum("ij,bjhw->bihw", transform, error)
-    pixels = ((difference.abs() + 2 * difference.square()) * weights).mean() / weights.mean()
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return pixels + config.edge_weight * edges
+    chroma = torch.einsum("ij,bjhw->bihw", error.new_tensor(CHROMA), error)
+    pixels = error.square().mean(1) + config.chroma_weight * chroma.square().sum(1)
+    pixels = pixels + config.absolute_weight * error.abs().mean(1)
+    weights = 1 + (config.object_weight - 1) * (masks > 0).float()
+    return (pixels * weights).mean() / weights.mean()
 
 
 def psnr(squared_error: Tensor) -> float:
@@ -98,7 +97,10 @@ def train_vae(config: VaeConfig) -> None:
     torch.manual_seed(config.seed)
     device = default_device()
     data, validation = load_training_data(config.data, config.max_images)
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURE / "vae"))
+    if config.start_from is None:
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURE / "vae"))
+    else:
+        vae = AutoencoderKL.from_pretrained(config.start_from, torch_dtype=torch.float32)
     images, masks = data.images.to(device), data.masks.to(device)
 
     def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -14,7 +14,10 @@ from common.backbones.adapters import (
     add_lora,
     attach,
     export_lora,
+    lora_layers,
+    merge_lora,
     set_lora_strength,
+    unmerge_lora,
 )
 
 TIMESTEPS = torch.tensor([5, 900])
@@ -185,6 +188,38 @@ def test_spectral_shift_counts_of_svdiff_on_sd15():
     assert counts == {2: 140_416, 4: 82_280}
 
 
+@pytest.mark.parametrize("strength", [0.5, torch.tensor([0.0, 0.7])])
+@pytest.mark.parametrize(
+    "layer, inputs",
+    [
+        (nn.Linear(9, 12), draw(2, 3, 9)),  # 6 positions for 9 shifts
+        (nn.Conv2d(3, 40, 3, stride=2, padding=1), draw(2, 3, 3, 4)),  # 24 for 27
+        (nn.Embedding(11, 5), torch.tensor([[1, 2, 10, 2], [0, 4, 4, 9]])),
+    ],
+)
+def test_spectral_shift_in_training_equals_the_rebuilt_weight(layer, inputs, strength):
+    """Reference: DenseDelta of the same change, which always goes through the weight; values and gradients."""
+    layer.requires_grad_(False)
+    spectral = SpectralShift(layer.weight)
+    nn.init.normal_(spectral.shift, std=0.3, generator=torch.Generator().manual_seed(9))
+    dense, network, results = DenseDelta(spectral.delta(layer.weight)), nn.Sequential(layer), []
+    assert spectral.output_change(layer, inputs) is not None
+    for residual in (spectral, dense):
+        with attach({"0.weight": residual}, network) as attached:
+            attached.set_strength(strength)
+            output = network(inputs)
+            output.square().sum().backward()
+            results.append(output.detach())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    of_change = torch.autograd.grad(spectral.delta(layer.weight), spectral.shift, dense.change.grad)[0]
+    torch.testing.assert_close(spectral.shift.grad, of_change, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert spectral.output_change(layer, inputs) is None
+        spectral.shift.zero_()
+    with attach({"0.weight": spectral}, network):
+        assert torch.equal(network(inputs), layer(inputs))
+
+
 def test_compress_keeps_the_fewest_directions_that_reach_the_fraction():
     """Reference: singular values 4, 3, 2, 1 by construction; 0.6 of their sum 10 needs 4 + 3."""
     left, right = torch.linalg.qr(draw(6, 4)).Q, torch.linalg.qr(draw(8, 4, seed=2)).Q
@@ -213,8 +248,8 @@ def test_attach_refuses_what_it_cannot_do_and_changes_nothing(unet):
     ):
         with pytest.raises(error, match=next(iter(bad))):
             attach({good: residual, **bad}, unet)
-    with pytest.raises(TypeError, match="Embedding"):
-        attach({"0.weight": DenseDelta(torch.zeros(3, 2))}, nn.Sequential(nn.Embedding(3, 2)))
+    with pytest.raises(TypeError, match="PReLU"):
+        attach({"0.weight": DenseDelta(torch.zeros(3))}, nn.Sequential(nn.PReLU(3)))
     assert all("forward" not in vars(module) for module in unet.modules())
 
 
@@ -260,3 +295,40 @@ def test_exported_lora_loads_into_a_diffusers_pipeline_with_its_alpha(tmp_path):
     torch.testing.assert_close(run(other), run(unet), rtol=0, atol=0)
     with pytest.raises(ValueError, match="ends in .safetensors"):
         export_lora(unet, tmp_path / "lora.bin")
+
+
+def test_merged_lora_is_the_changed_weight_and_unmerging_restores_every_bit():
+    """Reference: W + strength * alpha / rank * B A, written out here."""
+    unet = tiny_unet().requires_grad_(False)
+    for number, parameter in enumerate(add_lora(unet, rank=2, alpha=6.0)):
+        parameter.data.copy_(0.3 * draw(*parameter.shape, seed=number))
+    set_lora_strength(unet, 0.5)
+    active, layers = run(unet), lora_layers(unet)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    assert len(layers) == 128 and unet.get_submodule(name) is layers[name]
+    weight = layers[name].get_base_layer().weight
+    before = weight.clone()
+    originals = merge_lora(unet)
+    change = layers[name].lora_B["default"].weight @ layers[name].lora_A["default"].weight
+    torch.testing.assert_close(weight, before + 0.5 * 3.0 * change)
+    torch.testing.assert_close(run(unet), active, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="merged already"):
+        merge_lora(unet)
+    unmerge_lora(unet, originals)
+    assert torch.equal(weight, before) and torch.equal(run(unet), active)
+
+
+@pytest.mark.parametrize("init, largest", [("kaiming", 64**-0.5), ("gaussian", None)])
+def test_lora_starts_as_it_says(init, largest):
+    """Kaiming-uniform with a = sqrt 5 is uniform in +-1 / sqrt(inputs); diffusers' Gaussian has deviation 1 / rank."""
+    network = UNet2DConditionModel(
+        block_out_channels=(64,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=64, attention_head_dim=8,
+    )  # fmt: skip
+    add_lora(network, rank=8, init=init)
+    downs = torch.cat([layer.lora_A["default"].weight.flatten() for layer in lora_layers(network).values()])
+    assert not any(layer.lora_B["default"].weight.any() for layer in lora_layers(network).values())
+    if init == "kaiming":
+        assert 0.99 * largest < downs.abs().max() <= largest
+    else:
+        assert downs.std().item() == pytest.approx(1 / 8, rel=0.05)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from PIL import Image
 from common import papers_index
 from common.evaluation import claims, figures, report
 from common.evaluation.bootstrap import Interval
-from common.evaluation.claims import Claim, Results, load_results, save_results, verdict, write_card_table
+from common.evaluation.claims import (
+    BenchmarkRow,
+    Claim,
+    Results,
+    compare,
+    load_results,
+    not_run,
+    save_results,
+    verdict,
+    write_card_table,
+)
 from common.evaluation.records import Record, append_records
 
 UP = Interval(0.2, 0.1, 0.3, 5)
@@ -114,6 +125,69 @@ def test_claims_refuse_values_that_were_not_run():
         Claim(**row, ours=UP, holds="maybe")
 
 
+def test_comparison_over_subjects_by_hand():
+    """Differences 0.1, 0.2, 0.3, with subjects in another order; every resampled mean lies in [0.1, 0.3]."""
+    values = {"new": {"a": 0.4, "b": 0.6, "c": 0.8}, "old": {"c": 0.5, "b": 0.4, "a": 0.3}}
+    claim = compare(values, "new", "old", "higher", text="t", how="h", place="Table 1", paper="+0.1")
+    assert (claim.ours.mean, claim.ours.n, claim.holds) == (pytest.approx(0.2), 3, "yes")
+    assert 0.1 - 1e-9 <= claim.ours.low < 0.2 < claim.ours.high <= 0.3 + 1e-9
+    assert claim.detail == "0.6 (new) against 0.4 (old)"
+    assert (claim.text, claim.place, claim.paper, claim.how) == ("t", "Table 1", "+0.1", "h")
+    assert compare(values, "new", "old", "lower", text="t", how="h").holds == "no"
+    turned = compare(values, "old", "new", "lower", text="t", how="h")
+    assert turned.ours.mean == pytest.approx(-0.2) and turned.holds == "yes"
+    with pytest.raises(ValueError, match=r"only one of the two has the subjects \['c'\]"):
+        compare({**values, "few": {"a": 0.0, "b": 0.0}}, "new", "few", "higher", text="t", how="h")
+
+
+@pytest.mark.parametrize(
+    ("difference", "claimed", "margin", "expected"),
+    [
+        (0.2, "lower", 0.3, "yes"),  # at most 0.3 above
+        (0.2, "lower", 0.1, "no"),
+        (-0.2, "higher", 0.3, "yes"),  # at most 0.3 below
+        (-0.2, "higher", 0.1, "no"),
+        (-0.2, "lower", 0.3, "yes"),
+        (-0.2, "lower", -0.1, "yes"),  # a negative margin asks for more
+        (-0.2, "lower", -0.3, "no"),
+    ],
+)
+def test_margin_moves_the_verdict_and_not_the_value(difference, claimed, margin, expected):
+    subjects = "abc"
+    values = {"one": dict.fromkeys(subjects, 0.5 + difference), "two": dict.fromkeys(subjects, 0.5)}
+    claim = compare(values, "one", "two", claimed, margin=margin, text="t", how="h")
+    assert claim.holds == expected and claim.ours.mean == pytest.approx(difference)
+
+
+def test_full_scale_rows_have_no_value_of_ours():
+    claim = not_run("PRES down", place="Table 3", paper="0.664 -> 0.493", how="Imagen")
+    assert (claim.ours, claim.holds, claim.detail) == (None, "not run", "")
+    assert claims.claim_table([claim]).split("\n")[2] == (
+        "| PRES down (Table 3) | 0.664 -> 0.493 | not run | Imagen | not run |"
+    )
+
+
+def test_benchmark_row_makes_the_round_trip(results, tmp_path):
+    path = tmp_path / "first_paper" / "results.json"
+    with_row = replace(results, benchmark=benchmark_row(UP, Interval(0.4, 0.3, 0.6, 5)))
+    save_results(with_row, path)
+    assert load_results(path) == with_row
+    row = json.loads(path.read_text())
+    assert row["benchmark"]["compliance"] == {"mean": 0.4, "low": 0.3, "high": 0.6, "n": 5}
+    path.write_text(json.dumps({name: value for name, value in row.items() if name != "benchmark"}))
+    assert load_results(path) == results  # a file from before there was such a row
+    damaged = {"setting": "s"}, {**row["benchmark"], "identity": 0.2}, {**row["benchmark"], "more": 1}
+    for benchmark in damaged:
+        path.write_text(json.dumps({**row, "benchmark": benchmark}))
+        with pytest.raises(ValueError, match=r"results\.json is not what .*write it anew"):
+            load_results(path)
+
+
+def benchmark_row(identity: Interval, compliance: Interval, **changes) -> BenchmarkRow:
+    values = {"study": "5f0c", "setting": "tiny-sd, 5 subjects", "artifact_bytes": 3140, "training_seconds": 61.6}
+    return BenchmarkRow(**{**values, "identity": identity, "compliance": compliance, **changes})
+
+
 def test_results_round_trip_and_damage_is_named(results, tmp_path):
     path = tmp_path / "first_paper" / "results.json"
     save_results(results, path)
@@ -178,6 +252,54 @@ def test_report_of_chosen_papers_and_its_errors(papers, tmp_path):
         report.main(["--output", str(output)])
 
 
+def test_report_compares_the_papers_of_one_study(results, tmp_path, monkeypatch):
+    """Two papers of one study, one of another, one without a row, and a copied paper that kept its title."""
+    rows = {
+        "first": benchmark_row(UP, Interval(0.4, 0.3, 0.6, 5)),
+        "second": benchmark_row(Interval(0.7, 0.6, 0.8, 5), UP, artifact_bytes=71_600_000, training_seconds=200.0),
+        "other": benchmark_row(UP, UP, study="77aa", setting="sd15, 5 subjects"),
+        "none": None,
+        "copy": benchmark_row(UP, UP),
+    }
+    folders = []
+    for slug, row in rows.items():
+        folders.append(tmp_path / slug)
+        (tmp_path / slug).mkdir()
+        (tmp_path / slug / "README.md").write_text(f"# Method {'second' if slug == 'copy' else slug}: a long title\n")
+        save_results(replace(results, slug=slug, figures=[], benchmark=row), tmp_path / slug / "results.json")
+    drawn, draw = [], figures.scatter_methods
+    monkeypatch.setattr(figures, "scatter_methods", lambda *values: drawn.append(values) or draw(*values))
+    output = tmp_path / "report.html"
+    report.write_report(folders, [], output)
+    page = output.read_text(encoding="utf-8")
+    found = page.split("All object methods")[1].split('<section id="first">')[0]
+    assert found.count("<figure>") == 2 and found.count("data:image/svg+xml") == 2
+    assert found.index("tiny-sd, 5 subjects") < found.index("sd15, 5 subjects")  # the largest group first
+    assert "fidelity of Method first, Method second (second), Method second (copy)" in found
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", found))
+    assert "Method first 0.200 [0.100, 0.300] 0.400 [0.300, 0.600] 3.1 kB 62 s" in text
+    assert "Method second (second) 0.700 [0.600, 0.800] 0.200 [0.100, 0.300] 72 MB 3 min" in text
+    assert "Method none" not in text and "Study 77aa" in text
+
+    points, *labels = drawn[0]
+    assert labels == ["prompt fidelity", "subject fidelity"]
+    assert points["Method first"] == (rows["first"].compliance, rows["first"].identity)
+
+    first, _ = report.compare_methods([report.read_section(folder) for folder in folders])
+    assert list(first.methods) == ["first", "second", "copy"]
+    report.write_report([tmp_path / "none"], [], output)
+    assert "All object methods" not in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [(0, "0 B"), (840, "840 B"), (999, "999 B"), (1000, "1.0 kB"), (3140, "3.1 kB"), (9949, "9.9 kB"), (9951, "10 kB")]
+    + [(999_499, "999 kB"), (999_500, "1.0 MB"), (71_600_000, "72 MB"), (3_438_167_534, "3.4 GB")],
+)
+def test_file_sizes_for_people(num_bytes, expected):
+    assert report._file_size(num_bytes) == expected
+
+
 def test_bars_stand_at_their_means():
     bars = {"CLIP-T": {"one": UP, "two": Interval(0.4, 0.3, 0.6, 5)}, "DINO": {"two": UP}}
     figure = figures.bar_with_intervals(bars, "score")
@@ -188,6 +310,33 @@ def test_bars_stand_at_their_means():
     assert patches[2].get_facecolor() == patches[1].get_facecolor() != patches[0].get_facecolor()
     with pytest.raises(ValueError, match="no bar"):
         figures.bar_with_intervals({}, "score")
+
+
+def test_lines_go_through_their_means():
+    lines = {"one": {1: UP, 16: Interval(0.4, 0.3, 0.6, 5)}, "two": {1: UP}}
+    figure = figures.lines_with_intervals(lines, "rank", "error", log_x=True)
+    (axes,) = figure.axes
+    line = axes.containers[0].lines[0]
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([1, 16], [0.2, 0.4])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "16"]
+    with pytest.raises(ValueError, match="no point"):
+        figures.lines_with_intervals({"one": {}}, "rank", "error")
+
+
+def test_scatter_of_ten_methods_names_each_inside_the_figure():
+    names = [f"Method number {k} of ten" for k in range(9)] + ["One with a much longer name than those"]
+    points = {name: (Interval(k / 10, k / 10 - 0.1, k / 10 + 0.2, 5), UP) for k, name in enumerate(names)}
+    figure = figures.scatter_methods(points, "x", "y")
+    (axes,), (legend,) = figure.axes, figure.legends
+    figure.canvas.draw()
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1 and axes.get_window_extent().height > 200
+    marks = [line for line in axes.lines if line.get_label() in names]
+    assert [line.get_xdata()[0] for line in marks] == [k / 10 for k in range(10)]
+    assert len({(line.get_color(), line.get_marker()) for line in marks}) == 10
 
 
 def test_figures_are_written_the_same_each_time_and_leave_nothing_global(tmp_path):

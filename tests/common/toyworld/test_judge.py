@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import CLIPTextConfig
 
 from common.toyworld.examples import LABELS, make_examples
-from common.toyworld.judge import DualEncoder, Judge, ToyClip, ToyDino
+from common.toyworld.judge import DualEncoder, EntityPooling, Judge, ToyClip, ToyDino
 from common.toyworld.pretrain.clip import attribute_loss, contrastive_loss, mean_of_words, save_clip, trim
 from common.toyworld.pretrain.judge import (
     IDENTITY_MARGIN,
@@ -16,6 +16,7 @@ from common.toyworld.pretrain.judge import (
     JudgeTrainer,
     attribute_accuracy,
     augment,
+    entity_shares,
     identity_loss,
     same_instance_auc,
     save_judge,
@@ -135,6 +136,30 @@ def test_identity_loss_is_a_margin_softmax_and_zero_without_instances():
     assert identity_loss(torch.zeros(0, 64), directions, torch.zeros(0, dtype=torch.long)) == 0
 
 
+def test_entity_shares_of_cells():
+    """By hand: one 8x8 cell of which a quarter is entity 1, an eighth entity 2 and an eighth entity 3."""
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[0, 8:12, :4], masks[0, 12:14, :4], masks[0, 14:16, :4] = 1, 2, 3  # 3 counts as 2
+    shares = entity_shares(masks)
+    assert shares.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(shares[0, :, 1, 0], torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(shares[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_entity_pooling_averages_where_the_map_says():
+    """A map that cannot tell pools the mean of all cells, for both entities, at both sizes."""
+    pooling = EntityPooling(8, 8).eval()
+    coarse, fine = torch.randn(1, 8, 8, 8), torch.randn(1, 8, 16, 16)
+    torch.nn.init.zeros_(pooling.entity_logits.weight)
+    with torch.no_grad():
+        _, logits = pooling(fine, coarse)
+        assert logits.shape == (1, 3, 8, 8) and torch.equal(logits, logits[:, :, :1, :1].expand_as(logits))
+        pooling.norm_16, pooling.norm_8 = torch.nn.Identity(), torch.nn.Identity()
+        pooled = [torch.nn.functional.silu(x).mean((2, 3)) for x in (fine, fine, coarse, coarse)]
+        expected = pooling.project(torch.cat([pooled[0], pooled[2], pooled[1], pooled[3]], 1))
+        torch.testing.assert_close(pooling(fine, coarse)[0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_training_the_judge_lowers_its_loss():
     torch.manual_seed(0)
     batch = make_examples(range(16))
@@ -145,7 +170,7 @@ def test_training_the_judge_lowers_its_loss():
     optimizer = torch.optim.AdamW(trainer.parameters(), 3e-3)
     losses = []
     for _ in range(8):
-        loss = sum(trainer(pixel_values, labels, instances).values())
+        loss = sum(trainer(pixel_values, torch.from_numpy(batch.masks), labels, instances).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -179,6 +179,7 @@ def test_denoising_loss_and_fixed_noise_validation():
     first = fixed_noise_validation(backbone, latents, conditioning)
     torch.randn(100)
     assert first == fixed_noise_validation(backbone, latents, conditioning)
+    assert first == fixed_noise_validation(backbone, latents, lambda t: conditioning)
     assert first != fixed_noise_validation(backbone, latents, conditioning, seed=1)
     with torch.no_grad():  # the exact noise predictor of pure noise: x = 0, so z_t = sqrt(1 - alpha_bar) * noise
         backbone.net.weight.zero_(), backbone.net.bias.zero_()

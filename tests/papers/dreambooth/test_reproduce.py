@@ -1,9 +1,6 @@
 """What reproduce.py does with numbers; `make reproduce QUICK=1` runs the whole of it."""
 
-import dataclasses
-
 import pytest
-import torch
 
 from common.evaluation.claims import claim_table
 from common.toyworld.benchmark import subjects
@@ -35,7 +32,7 @@ def test_claims(paper, prior_cost, verdict):
     by_text = {claim.text: claim.holds for claim in rows}
     assert by_text.pop("prior loss raises the subject error by less than 0.05 (1 - identity cosine)") == verdict
     assert list(by_text.values()) == ["not run"] * 5 + ["yes"] * 9
-    assert "1.0020 (DreamBooth) against 3.0020 (no prior loss); 0.5020 (untuned)" in claim_table(rows)
+    assert "1.002 (DreamBooth) against 3.002 (no prior loss); 0.502 (untuned)" in claim_table(rows)
 
 
 def test_ablations_change_what_they_say(paper):
@@ -48,30 +45,7 @@ def test_ablations_change_what_they_say(paper):
     }  # fmt: skip
     weights = [plan.subject_config(subject, name).prior_loss_weight for name in e.ABLATIONS]
     assert weights == [1.0, 0.0, 0.0, 0.0]
-    assert e.OTHER_NOUN not in {s.class_noun for s in subjects(plan.num_subjects)}
-
-
-def test_reference_photos_of_the_benchmark_are_not_the_training_photos(paper):
-    (subject,) = subjects(1)
-    scored = paper.experiments.benchmark_subject(subject, paper.experiments.Plan.full())
-    assert scored.prompts[0] == "a photo of a {token} {class}" and len(scored.prompts) == 7
-    assert not any(torch.equal(a, b) for a in scored.pixel_values for b in subject.images)
-    assert all("class" not in wanted for wanted in scored.expected) and all(scored.expected[1:])
-
-
-def test_baseline_trains_one_vector_only(paper, backbone):
-    e = paper.experiments
-    config = dataclasses.replace(e.Plan.quick().config, class_noun="dog")
-    method = e.Inversion(backbone, config)
-    batch = {
-        "latents": torch.randn(2, 4, 8, 8),
-        "prompt": [config.prompt_template.format(e.INVERSION_TOKEN)] * 2,
-        "sample_keys": torch.arange(2),
-    }
-    method.training_loss(batch).backward()
-    (vectors,) = method.parameters()
-    assert vectors.shape == (1, 16) and vectors.grad.abs().sum() > 0
-    assert all(p.grad is None for module in backbone.modules for p in module.parameters())
+    assert e.OTHER_NOUN not in {s.class_noun for s in subjects(plan.study.num_subjects)}
 
 
 def test_quick_never_writes_into_the_papers_folder(paper):

@@ -11,8 +11,6 @@ from PIL import Image
 from common.data.image_folder import ImageFolder
 from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset
-from common.evaluation.records import Record, append_records
-from common.evaluation.subjects import BenchmarkSubject
 from common.io import load_safetensors
 
 
@@ -80,31 +78,6 @@ def test_progressive_training_grows_one_vector_at_a_time(paper, images, backbone
     assert torch.equal(method.initial_vectors[0], torch.stack([*trained[1], word]))
 
 
-def record(prompt: str, metric: str, value: float) -> Record:
-    return Record(
-        metric=metric, value=value, values=[value], method="m", subject="duck_02", prompt=prompt, seeds=[0], n_images=1,
-        backbone="judge", preprocessing="-", config_hash="0", git_commit="0", versions={},
-    )  # fmt: skip
-
-
-def test_scores_tell_fidelity_from_compliance(paper, tmp_path):
-    """By hand: fidelity from the plain prompt alone, compliance from the others, product 0.5 x (0.4 + 0.8) / 2."""
-    prompts = ["a photo of a {token} {class}", "a {token} {class} on snow", "a sketch of a {token} {class}"]
-    subject = BenchmarkSubject("duck_02", "duck", torch.zeros(1, 3, 8, 8), prompts, [{}] * 3)
-    rows = [
-        record("a photo of a <duck>", "subject_attributes", 0.75),
-        record("a photo of a <duck>", "identity", 0.5),
-        record("a <duck> on snow", "identity", 0.1),
-        record("a <duck> on snow", "prompt_attributes", 0.4),
-        record("a sketch of a <duck>", "prompt_attributes", 0.8),
-    ]
-    append_records(tmp_path / "records.jsonl", rows)
-    scores = paper.experiments.read_scores(tmp_path / "records.jsonl", [subject])
-    assert {name: values["duck_02"] for name, values in scores.items()} == pytest.approx(
-        {"attributes": 0.75, "identity": 0.5, "compliance": 0.6, "product": 0.3}
-    )
-
-
 def test_claims_compare_the_right_sides(paper):
     """Numbers chosen so that every claim holds; then the one that is turned round does not."""
     names = ("a", "b", "c")
@@ -112,27 +85,25 @@ def test_claims_compare_the_right_sides(paper):
     def of(*values):
         return dict(zip(names, values, strict=True))
 
-    measured = paper.experiments.Measured(
-        losses={
+    scores = {
+        "held-out loss": {
             "1 vector": of(0.1, 0.2, 0.3), "2 vectors": of(0.1, 0.2, 0.3), "4 vectors": of(0.05, 0.1, 0.2),
             "initializer": of(0.2, 0.3, 0.4), "best caption": of(0.15, 0.22, 0.33),
         },
-        early_losses={"1 vector": of(0.3, 0.3, 0.4), "10x lr": of(0.2, 0.2, 0.2)},
-        scores={
-            name: {"attributes": of(a, a, a + 0.1), "compliance": of(c, c, c + 0.1), "product": of(p, p, p + 0.1)}
-            for name, a, c, p in (
-                ("1 vector", 0.8, 0.7, 0.6), ("2 vectors", 0.8, 0.6, 0.5), ("4 vectors", 0.9, 0.5, 0.4),
-                ("10x lr", 0.8, 0.3, 0.2), ("initializer", 0.4, 0.9, 0.3),
-            )
+        paper.experiments.EARLY: {"1 vector": of(0.3, 0.3, 0.4), "10x lr": of(0.2, 0.2, 0.2)},
+        "attributes": {"1 vector": of(0.8, 0.8, 0.9), "initializer": of(0.4, 0.4, 0.5)},
+        "compliance": {
+            "1 vector": of(0.7, 0.7, 0.8), "4 vectors": of(0.5, 0.5, 0.6), "10x lr": of(0.3, 0.3, 0.4),
         },
-    )  # fmt: skip
+        "product": {"1 vector": of(0.6, 0.6, 0.7), "2 vectors": of(0.5, 0.5, 0.6), "4 vectors": of(0.4, 0.4, 0.5)},
+    }  # fmt: skip
     plan = paper.experiments.Plan.full()
-    not_run, *rows = paper.reproduce.claims(measured, plan, "tiny-sd")
+    not_run, *rows = paper.reproduce.claims(scores, plan, "tiny-sd")
     assert not_run.holds == "not run" and not_run.ours is None
     assert [row.holds for row in rows] == ["yes"] * 8
     assert rows[0].ours.mean == pytest.approx(-0.1) and rows[5].ours.mean == pytest.approx(0.1)
-    measured.losses["best caption"] = of(0.05, 0.1, 0.1)
-    assert paper.reproduce.claims(measured, plan, "tiny-sd")[2].holds == "no"
+    scores["held-out loss"]["best caption"] = of(0.05, 0.1, 0.1)
+    assert paper.reproduce.claims(scores, plan, "tiny-sd")[2].holds == "no"
 
 
 def test_quick_does_not_overwrite_the_card(paper):

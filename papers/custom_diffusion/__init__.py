@@ -1,0 +1,1 @@
+"""Custom Diffusion: see README.md."""

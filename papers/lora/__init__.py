@@ -1,0 +1,1 @@
+"""LoRA: see README.md."""

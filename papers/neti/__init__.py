@@ -1,0 +1,1 @@
+"""NeTI: see README.md."""

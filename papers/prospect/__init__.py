@@ -1,0 +1,1 @@
+"""ProSpect: see README.md."""

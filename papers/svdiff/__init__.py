@@ -1,0 +1,1 @@
+"""SVDiff: see README.md."""
