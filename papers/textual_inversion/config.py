@@ -57,4 +57,4 @@ class TextualInversionConfig:
     @classmethod
     def tiny(cls) -> "TextualInversionConfig":
         """tiny-sd, 64 px: what the notebook and the reproduction run."""
-        return cls(train_steps=400, batch_size=4, learning_rate=5e-3, num_inference_steps=30, guidance_scale=5.0)
+        return cls(train_steps=200, batch_size=4, learning_rate=5e-3, num_inference_steps=30, guidance_scale=5.0)

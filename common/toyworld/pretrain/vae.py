@@ -4,6 +4,7 @@ Plain L1 + MSE loses the hue of small parts, so object pixels weigh more than ba
 twice: in RGB and as chroma.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,13 @@ class VaeConfig(LoopConfig):
     absolute_weight: float = 0.005  # of the absolute error; it keeps flat areas calm
     kl_weight: float = 1e-8  # per latent element, summed
     start_from: Path | None = None  # diffusers folder of a VAE to go on from
+    decoder_only: bool = False  # with start_from: keep its encoder, so that a UNet trained on its latents stays right
+    posterior_std: float = 0.02  # with decoder_only: width of the posterior, where latents have unit variance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_only and self.start_from is None:
+            raise ValueError("--decoder-only keeps a trained encoder; name its folder with --start-from")
 
 
 def reconstruction_loss(error: Tensor, masks: Tensor, config: VaeConfig) -> Tensor:
@@ -92,6 +100,21 @@ def fold_latent_statistics(vae: AutoencoderKL, images: Tensor) -> AutoencoderKL:
     return vae
 
 
+@torch.no_grad()
+def keep_encoder(vae: AutoencoderKL, posterior_std: float) -> AutoencoderKL:
+    """Freeze the encoder and give its posterior one width for all latents, in place.
+
+    With next to no KL loss nothing holds the width: a fine-tuned encoder that reconstructs well can have a posterior as
+    wide as the latents themselves, and whoever samples it trains on noise.
+    """
+    vae.encoder.requires_grad_(False)
+    encode = vae.quant_conv.requires_grad_(False)
+    channels = vae.config.latent_channels
+    encode.weight[channels:] = 0
+    encode.bias[channels:] = 2 * math.log(posterior_std)
+    return vae
+
+
 def train_vae(config: VaeConfig) -> None:
     """Train, normalise the latents, write the diffusers folder OUTPUT/vae."""
     torch.manual_seed(config.seed)
@@ -101,6 +124,8 @@ def train_vae(config: VaeConfig) -> None:
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURE / "vae"))
     else:
         vae = AutoencoderKL.from_pretrained(config.start_from, torch_dtype=torch.float32)
+    if config.decoder_only:
+        keep_encoder(vae, config.posterior_std)
     images, masks = data.images.to(device), data.masks.to(device)
 
     def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -120,7 +145,9 @@ def train_vae(config: VaeConfig) -> None:
         return reconstruction_psnr(vae, validation.images[:256], validation.masks[:256])
 
     train(Recipe("vae", vae, len(data), loss, validate, sample_grid), config)
-    fold_latent_statistics(vae, data.images[:4096]).save_pretrained(config.output / "vae")
+    if not config.decoder_only:
+        fold_latent_statistics(vae, data.images[:4096])
+    vae.save_pretrained(config.output / "vae")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ import torch
 from transformers import CLIPTextConfig
 
 from common.backbones import PRESETS, load_backbone
+from common.toyworld.pretrain.data import HELD_OUT_FIRST_SEED, to_pixel_values
+from common.toyworld.shards import render
 
 
 def count(module) -> int:
@@ -59,6 +61,14 @@ def test_tiny_sd_is_a_small_stable_diffusion():
     assert list(tiny.unet.attn_processors) == list(sd15.unet.attn_processors)
     names = [{key for key in b.unet.state_dict() if "conv_shortcut" not in key} for b in (tiny, sd15)]
     assert names[0] == names[1]  # shortcuts exist where the width changes
+
+
+def test_latents_of_the_shipped_tiny_sd_have_unit_variance_and_a_narrow_posterior():
+    images = render(range(HELD_OUT_FIRST_SEED, HELD_OUT_FIRST_SEED + 64)).images
+    with torch.no_grad():
+        posterior = load_backbone("tiny-sd").vae.encode(to_pixel_values(images)).latent_dist
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=0.15, rtol=0)
+    assert posterior.std.max() < 0.1  # else whoever samples it trains on noise
 
 
 def test_text_config_of_tiny_sd_agrees_with_its_tokenizer():

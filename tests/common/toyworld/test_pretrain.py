@@ -27,6 +27,7 @@ from common.toyworld.pretrain.unet import denoising_losses
 from common.toyworld.pretrain.vae import (
     VaeConfig,
     fold_latent_statistics,
+    keep_encoder,
     psnr,
     reconstruction_loss,
     reconstruction_psnr,
@@ -205,6 +206,22 @@ def test_folding_gives_unit_latents_and_the_same_pictures(images):
     old_std = before.mode().std((0, 2, 3))[:, None, None]
     torch.testing.assert_close(after.std, before.std / old_std, atol=1e-4, rtol=1e-3)
     assert vae.config.scaling_factor == 1.0
+
+
+def test_a_kept_encoder_gives_the_same_latents_with_a_narrow_posterior_and_does_not_train(images):
+    vae, pixel_values = small_vae(), to_pixel_values(images)
+    with torch.no_grad():
+        mode = vae.encode(pixel_values).latent_dist.mode()
+    posterior = keep_encoder(vae, posterior_std=0.05).encode(pixel_values).latent_dist
+    assert torch.equal(posterior.mode(), mode)
+    torch.testing.assert_close(posterior.std, torch.full_like(mode, 0.05))
+    trained = {name.split(".")[0] for name, p in vae.named_parameters() if p.requires_grad}
+    assert trained == {"decoder", "post_quant_conv"}
+
+
+def test_decoder_only_needs_a_trained_encoder(tmp_path):
+    with pytest.raises(ValueError, match="--start-from"):
+        VaeConfig(data=tmp_path, decoder_only=True)
 
 
 def test_reconstruction_psnr_counts_object_pixels_alone(images):
