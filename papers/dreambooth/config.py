@@ -42,5 +42,5 @@ class DreamBoothConfig:
         """tiny-sd, 64 px: what the notebook and the reproduction run. Its captions all begin like this template."""
         return cls(
             class_noun=class_noun, prompt_template="a photo of a {}", train_steps=200, batch_size=2,
-            learning_rate=1e-4, num_class_images=16, num_inference_steps=30, guidance_scale=5.0,
+            learning_rate=2e-4, num_class_images=16, num_inference_steps=30, guidance_scale=5.0,
         )
