@@ -101,7 +101,7 @@ def token_inversion(backbone_name: str, config: BaselineConfig) -> Candidate:
 
 
 def full_fine_tuning(backbone_name: str, config: BaselineConfig) -> Candidate:
-    """DreamBooth without prior loss as a candidate; 1e-4 suits tiny-sd, 5e-6 a Stable Diffusion."""
+    """DreamBooth without prior loss as a candidate; 2e-4 suits tiny-sd, 5e-6 a Stable Diffusion."""
     return _candidate(FullFineTuning, f"{IDENTIFIER} {{class}}", backbone_name, config)
 
 

@@ -108,7 +108,7 @@ def candidates(
     every = {
         PROPOSAL: Candidate(words=PLACEHOLDER, settings=flat_config(config=config), train=learn),
         INVERSION: token_inversion(backbone_name, baseline(5e-3)),
-        FINE_TUNING: full_fine_tuning(backbone_name, baseline(1e-4)),
+        FINE_TUNING: full_fine_tuning(backbone_name, baseline(2e-4)),
     }
     return {name: every[name] for name in names}
 

@@ -1,0 +1,1 @@
+"""P+: see README.md."""
