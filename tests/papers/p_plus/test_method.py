@@ -83,7 +83,8 @@ def test_each_layer_reads_the_context_of_its_own_word(paper, backbone):
         got = backbone.predict_noise(latents, timesteps, conditioning)
         before = [attention.processor for attention in attentions]
         for layer, attention in enumerate(attentions):
-            torch.testing.assert_close(conditioning.for_layer(layer, timesteps)[0], context(layer), rtol=1e-4, atol=1e-5)
+            told = conditioning.for_layer(layer, timesteps)[0]
+            torch.testing.assert_close(told, context(layer), rtol=1e-4, atol=1e-5)
             attention.processor = Reference(context(layer))
         expected = backbone.unet(latents, timesteps, torch.zeros(2, 77, 32)).sample
         for attention, processor in zip(attentions, before, strict=True):
