@@ -70,7 +70,7 @@ def git_commit() -> str:
 def describe_machine(device: str = "cpu") -> str:
     """Processor cores that this process may use and, for a GPU, its name: "2 CPU cores"."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{cores} CPU cores"
+    text = f"{cores} CPU core{'s' if cores != 1 else ''}"
     if device.startswith("cuda"):
         import torch
 
