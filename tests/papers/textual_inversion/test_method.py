@@ -253,7 +253,7 @@ def test_presets_build_and_state_the_effective_learning_rate(paper):
     config = paper.config.TextualInversionConfig
     assert config().learning_rate == pytest.approx(0.005 * 2 * 4)  # base lr x GPUs x batch
     assert config.sd().learning_rate == pytest.approx(5e-4 * 4)
-    assert (config().train_steps, config.tiny().train_steps, config.tiny().batch_size) == (5000, 400, 4)
+    assert (config().train_steps, config.tiny().train_steps, config.tiny().batch_size) == (5000, 200, 4)
     for preset in (config(), config.sd(), config.tiny()):
         assert preset.weight_decay == 0 and preset.num_vectors == 1
         assert preset.plain_prompt() == "a photo of a <object>" and len(preset.training_prompts()) == 27
