@@ -1,5 +1,6 @@
 """Means with 95% bootstrap intervals over subjects, and paired differences between methods."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,10 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """Three digits of the largest number, and as many places of the others: "0.200 [0.100, 0.300]"."""
+        largest = max(abs(self.mean), abs(self.low), abs(self.high)) or 1.0
+        places = max(0, 2 - math.floor(math.log10(largest)))
+        return f"{self.mean:.{places}f} [{self.low:.{places}f}, {self.high:.{places}f}]"
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:

@@ -364,3 +364,12 @@ def test_image_rows_show_each_image_under_its_column():
         figures.labelled_image_rows(rows, ["a", "b", "c"])
     with pytest.raises(ValueError, match="all of one size"):
         figures.labelled_image_rows({"a": torch.zeros(1, 3, 4, 4), "b": torch.zeros(1, 3, 5, 4)})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((0.2, 0.1, 0.3), "0.200 [0.100, 0.300]"), ((-0.00173, -0.0021, -0.0012), "-0.00173 [-0.00210, -0.00120]"),
+     ((-11.34, -168.2, 127.8), "-11 [-168, 128]"), ((0.0, 0.0, 0.0), "0.00 [0.00, 0.00]")],
+)  # fmt: skip
+def test_an_interval_shows_three_digits(numbers, text):
+    assert str(Interval(*numbers, n=5)) == text
