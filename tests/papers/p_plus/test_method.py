@@ -16,6 +16,7 @@ from common.training.noising import noise_batch
 from common.training.seeding import keys_of_step
 
 PROMPTS = ["a photo of a <duck> in the snow", "a <duck>"]
+LOSSES_OF_FIVE_STEPS = [1.1146951, 1.1792638, 1.2114730, 1.1831229, 1.1296409]
 
 
 def randn(*shape, seed=0):
@@ -92,6 +93,40 @@ def test_each_layer_reads_the_context_of_its_own_word(paper, backbone):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_all_layers_prompts_are_one_batch_of_the_text_encoder(paper, backbone):
+    """Two prompts in four layers are eight rows of one call; what is said twice is encoded once."""
+    method, rows = make(paper, backbone), []
+    handle = backbone.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(args), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            sizes = [len(method.conditioning(prompts).prompt_embeds) for prompts in (PROMPTS, PROMPTS * 2, ["a duck"])]
+    finally:
+        handle.remove()
+    assert [len(args[0]) for args in rows] == [8, 8, 1] and sizes == [2, 4, 1]
+
+
+def test_the_unconditional_half_is_told_the_empty_prompt_in_all_layers(paper, backbone):
+    """What reaches the key projection of each layer while a picture is made: the empty prompt, then the own context."""
+    method, told = distinct_words(make(paper, backbone)), {}
+    modules = dict(backbone.unet.named_modules())
+    handles = [
+        modules[name].to_k.register_forward_pre_hook(lambda _, args, name=name: told.setdefault(name, args[0]))
+        for name in method.layer_names
+    ]
+    try:
+        method.generate("a <duck>", seeds=[0], num_inference_steps=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        empty, own = backbone.encode_prompt("").prompt_embeds[0], method.conditioning(["a <duck>"])
+    for layer, name in enumerate(method.layer_names):
+        assert torch.equal(told[name][0], empty)
+        assert torch.equal(told[name][1], own.for_layer(layer, torch.tensor([0]))[0][0])
+
+
 def test_one_word_for_all_layers_is_textual_inversion(paper, backbone):
     """Reference: the same word as one placeholder of the plain text encoder, and the stock UNet."""
     word, latents, timesteps = randn(1, 32, seed=7), randn(2, 4, 8, 8), torch.tensor([10, 900])
@@ -152,10 +187,11 @@ def test_only_the_words_are_trained(paper, backbone):
     assert ((method.layer_words() != start).all(1)).all()
 
 
-def test_a_word_learns_through_its_own_layer_alone(paper, backbone):
+@pytest.mark.parametrize("layer", range(4))
+def test_a_word_learns_through_its_own_layer_alone(paper, backbone, layer):
     """Cut the value projection of one layer: its word gets no gradient through keys that nothing depends on."""
     method = distinct_words(make(paper, backbone))
-    value = backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v
+    value = dict(backbone.unet.named_modules())[method.layer_names[layer]].to_v
     kept = value.weight.detach().clone()
     try:
         with torch.no_grad():
@@ -165,8 +201,21 @@ def test_a_word_learns_through_its_own_layer_alone(paper, backbone):
         with torch.no_grad():
             value.weight.copy_(kept)
     sizes = [word.grad.abs().sum().item() for word in method.words]
-    (mid,) = [i for i, name in enumerate(method.layer_names) if name.startswith("mid_block")]
-    assert [size == 0 for size in sizes] == [i == mid for i in range(4)]
+    assert [size == 0 for size in sizes] == [i == layer for i in range(4)]
+
+
+def test_losses_of_five_steps(paper, backbone):
+    """Stored with torch 2.13.0 on a CPU: the small random Stable Diffusion of conftest.py, AdamW."""
+    method = make(paper, backbone)
+    optimizer = torch.optim.AdamW([p for _, p in method.parameters()], lr=5e-3, weight_decay=0.0)
+    losses = []
+    for step in range(5):
+        loss = method.training_loss(batch(step))
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(LOSSES_OF_FIVE_STEPS, rel=1e-4)
 
 
 def test_gradients_are_those_of_plain_backpropagation_with_checkpointing(paper, backbone):
@@ -239,7 +288,9 @@ def test_bands_of_stable_diffusion(paper):
 
 def test_counts_on_stable_diffusion(paper):
     method = paper.method.PPlus(load_backbone("sd15", weights="meta"), paper.config.PPlusConfig())
-    assert method.num_layers == 16 and sum(p.numel() for _, p in method.parameters()) == 16 * 768 == 12_288
+    words = [word for _, word in method.parameters()]
+    assert method.num_layers == 16 and sum(word.numel() for word in words) == 16 * 768 == 12_288
+    assert sum(word.numel() * word.element_size() for word in words) == 49_152  # the sheet's tensor data
     assert method.layer_names[6] == "mid_block.attentions.0.transformer_blocks.0.attn2"
     tiny = paper.method.PPlus(load_backbone("tiny-sd", weights="meta"), paper.config.PPlusConfig())
     assert tiny.num_layers == 16
