@@ -6,13 +6,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
-from common.data.images import load_image, to_pixel_values
+from common.data.images import load_image
 from common.evaluation.bootstrap import bootstrap_mean
 from common.evaluation.claims import Figure
 from common.evaluation.class_samples import read_samples
 from common.evaluation.figures import bar_with_intervals, labelled_image_rows, save_figure
 from common.evaluation.study import Scores, benchmark_subject, folder_name
-from common.sampling.images import save_png
+from common.sampling.images import image_grid, save_png, to_pil
 from common.training.optimize import default_device
 
 from .editing import description_and_edits
@@ -52,17 +52,17 @@ def draw_figures(scores: Scores, plan: Plan, runs: Path, output: Path) -> list[F
 
 def draw_prompts(plan: Plan, runs: Path, path: Path) -> None:
     """Training photo, then one picture per prompt; a row for each method."""
-    rows = {}
+    cells, labels = [], []
     for subject in plan.subjects()[:SHOWN]:
+        scored = benchmark_subject(subject, plan.study)
         for name in (PROPOSAL, FULL):
             folder = runs / folder_name(name) / "images" / subject.name
-            prompts = range(1 + plan.study.num_prompts)
-            files = [folder / f"{i:02d}-{plan.study.seeds[0]}.png" for i in prompts]
-            pictures = [to_pixel_values(load_image(file)) for file in files]
-            rows[f"{subject.name}, {name}"] = torch.stack([subject.images[0], *pictures])
-    gap = benchmark_subject(plan.subjects()[0], plan.study)
-    columns = ["training photo", *(gap.prompt(i, "S") for i in range(len(gap.prompts)))]
-    save_png(labelled_image_rows(rows, columns, font_px=11), path)
+            cells.append(to_pil(subject.images[:1])[0])
+            labels.append(f"{name}: photo of {subject.name}")
+            for i in range(len(scored.prompts)):
+                cells.append(load_image(folder / f"{i:02d}-{plan.study.seeds[0]}.png"))
+                labels.append(scored.prompt(i, "S*"))
+    save_png(image_grid(cells, 2 + plan.study.num_prompts, labels, upscale=2), path)
 
 
 def draw_pairs(plan: Plan, runs: Path, path: Path) -> None:
