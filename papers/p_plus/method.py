@@ -7,7 +7,7 @@ Departures D1 to D4 are explained in the card. Bands of layers, and what mixing 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,15 @@ def layer_token(placeholder: str, layer: int) -> str:
     return f"{placeholder}[{layer}]"
 
 
+def replace_each(text: str, replacements: Mapping[str, str]) -> str:
+    """All of the words replaced at once, the longest first, so that none is found inside another: "sks" in "sks1"."""
+    names = "|".join(re.escape(name) for name in sorted(replacements, key=len, reverse=True))
+    return re.sub(names, lambda match: replacements[match[0]], text)
+
+
 def layer_prompts(prompt: str, placeholders: Sequence[str], num_layers: int) -> list[str]:
     """y -> y_1 .. y_L, which differ in the tokens of the concepts only (Sec. 3; Sec. 4 for t_i)."""
-    names = "|".join(re.escape(name) for name in sorted(placeholders, key=len, reverse=True))
-    return [re.sub(names, lambda match, i=i: layer_token(match[0], i), prompt) for i in range(num_layers)]
+    return [replace_each(prompt, {name: layer_token(name, i) for name in placeholders}) for i in range(num_layers)]
 
 
 def denoising_loss(backbone: Backbone, noised: NoisedBatch, conditioning: Conditioning) -> Tensor:
@@ -115,7 +120,8 @@ class PPlus:
             return layer_prompts(prompt, self.placeholders, self.num_layers)
         if self.config.placeholder not in prompt:
             raise ValueError(f"the prompt has no {self.config.placeholder} to put words in the place of: {prompt!r}")
-        filled = [prompt.replace(self.config.placeholder, fill) for fill in fills]
+        others = {name: name for name in self.placeholders}
+        filled = [replace_each(prompt, others | {self.config.placeholder: fill}) for fill in fills]
         return [layer_prompts(text, self.placeholders, self.num_layers)[i] for i, text in enumerate(filled)]
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def test_full_run_fills_the_papers_folder_and_its_card(paper, measure, backbone,
     results = load_results(paper / "results.json")
     assert (results.slug, results.command) == ("some_paper", "make reproduce PAPER=some_paper")
     assert (results.seeds, results.steps, results.seconds) == ([0, 1], 9, 60.0)
-    assert results.backbone == f"tiny-sd, unet {weights_hash(backbone)}" and "CPU cores" in results.machine
+    assert results.backbone == f"tiny-sd, unet {weights_hash(backbone)}" and "CPU core" in results.machine
     assert results.benchmark == ROW and results.figures == [Figure("figures/a.png", "A")]
     card = (paper / "README.md").read_text()
     assert "| better | - | 0.200 [0.100, 0.300] (n=5) | h | yes |" in card and "\nold\n" not in card
