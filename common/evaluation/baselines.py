@@ -3,7 +3,7 @@
 Papers that own these methods have them in full; these are the few lines that a comparison needs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from common.backbones import Backbone, PlaceholderTokens, load_backbone
 from common.data.image_folder import ImageFolder
 from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset
-from common.evaluation.study import PLAIN_PROMPT, Candidate
+from common.evaluation.study import PLAIN_PROMPT
+from common.evaluation.trials import Candidate
 from common.io import atomic_save_safetensors
 from common.sampling import sample_images
-from common.toyworld.benchmark import Subject
 from common.training.config import FitConfig
 from common.training.loop import fit
 from common.training.losses import denoising_loss, fixed_noise_validation
@@ -41,7 +41,7 @@ class BaselineConfig:
 
 
 class _Baseline:
-    """What the two share: the loss, sampling, and the prompt with the subject's words."""
+    """What the two share: the loss, sampling, and the prompt with the learned words."""
 
     backbone: Backbone
     words: str
@@ -57,21 +57,22 @@ class _Baseline:
         steps, scale = self.config.num_inference_steps, self.config.guidance_scale
         return sample_images(self.backbone, prompt, seeds=seeds, num_inference_steps=steps, guidance_scale=scale)
 
-    def validation_loss(self, latents: Tensor) -> float:
-        return fixed_noise_validation(self.backbone, latents, self.backbone.encode_prompt(self.plain_prompt()))
+    def validation_loss(self, latents: Tensor, prompts: Sequence[str] | None = None) -> float:
+        told = self.plain_prompt() if prompts is None else list(prompts)
+        return fixed_noise_validation(self.backbone, latents, self.backbone.encode_prompt(told))
 
     def plain_prompt(self) -> str:
         return PLAIN_PROMPT.format(self.words)
 
 
 class TokenInversion(_Baseline):
-    """Textual Inversion (Gal et al., arXiv 2208.01618) with one vector, from the class noun."""
+    """Textual Inversion (Gal et al., arXiv 2208.01618) with one vector, which starts as a word."""
 
-    def __init__(self, backbone: Backbone, class_noun: str, config: BaselineConfig) -> None:
+    def __init__(self, backbone: Backbone, initializer_token: str, config: BaselineConfig) -> None:
         super().__init__(config)
         self.backbone, self.words = backbone.freeze(), PLACEHOLDER
         self.tokens = PlaceholderTokens(backbone)
-        self.tokens.add(PLACEHOLDER, initializer_token=class_noun)
+        self.tokens.add(PLACEHOLDER, initializer_token=initializer_token)
 
     def parameters(self) -> list[Parameter]:
         return self.tokens.parameters()
@@ -85,7 +86,7 @@ class FullFineTuning(_Baseline):
 
     def __init__(self, backbone: Backbone, class_noun: str, config: BaselineConfig) -> None:
         super().__init__(config)
-        self.backbone, self.words = backbone.freeze(), f"{IDENTIFIER} {class_noun}"
+        self.backbone, self.words = backbone.freeze(), f"{IDENTIFIER} {class_noun}".strip()
         self.backbone.unet.requires_grad_(True)
 
     def parameters(self) -> list[Parameter]:
@@ -96,19 +97,36 @@ class FullFineTuning(_Baseline):
 
 
 def token_inversion(backbone_name: str, config: BaselineConfig) -> Candidate:
-    """Textual Inversion as a candidate; 5e-3 is the rate at which it learns best on tiny-sd."""
-    return _candidate(TokenInversion, PLACEHOLDER, backbone_name, config)
+    """Textual Inversion of a subject, from its class noun; 5e-3 is the rate at which it learns best on tiny-sd."""
+    return _candidate(TokenInversion, PLACEHOLDER, backbone_name, config, lambda subject: subject.class_noun)
 
 
 def full_fine_tuning(backbone_name: str, config: BaselineConfig) -> Candidate:
-    """DreamBooth without prior loss as a candidate; 2e-4 suits tiny-sd, 5e-6 a Stable Diffusion."""
-    return _candidate(FullFineTuning, f"{IDENTIFIER} {{class}}", backbone_name, config)
+    """DreamBooth of a subject without prior loss; 2e-4 suits tiny-sd, 5e-6 a Stable Diffusion."""
+    words = f"{IDENTIFIER} {{class}}"
+    return _candidate(FullFineTuning, words, backbone_name, config, lambda subject: subject.class_noun)
 
 
-def _candidate(kind: type[_Baseline], words: str, backbone_name: str, config: BaselineConfig) -> Candidate:
-    def train(subject: Subject, photos: Path, run: Path) -> _Baseline:
-        method = kind(load_backbone(backbone_name, device=default_device()), subject.class_noun, config)
-        latents = LatentCache(ImageFolder(photos, resolution_px=method.backbone.resolution_px), method.backbone)
+def captioned_token_inversion(backbone_name: str, config: BaselineConfig, initializer_token: str) -> Candidate:
+    """Textual Inversion of what captioned exemplars share, for `exemplar_study`."""
+    return _candidate(TokenInversion, PLACEHOLDER, backbone_name, config, lambda task: initializer_token)
+
+
+def captioned_full_fine_tuning(backbone_name: str, config: BaselineConfig) -> Candidate:
+    """DreamBooth of what captioned exemplars share, for `exemplar_study`: "a photo of a duck sks a chair"."""
+    return _candidate(FullFineTuning, IDENTIFIER, backbone_name, config, lambda task: "")
+
+
+def _candidate(
+    kind: type[TokenInversion] | type[FullFineTuning], words: str, backbone_name: str, config: BaselineConfig,
+    word_of: Callable[[Any], str],
+) -> Candidate:  # fmt: skip
+    """word_of: the initializer token or class noun of a thing. Photos with captions are trained on under these."""
+
+    def train(thing: Any, photos: Path, run: Path) -> _Baseline:
+        method = kind(load_backbone(backbone_name, device=default_device()), word_of(thing), config)
+        folder = ImageFolder(photos, resolution_px=method.backbone.resolution_px)
+        prompts = [method.plain_prompt()] if folder.captions is None else None
         settings = FitConfig(
             train_steps=config.train_steps,
             learning_rate=config.learning_rate,
@@ -117,7 +135,7 @@ def _candidate(kind: type[_Baseline], words: str, backbone_name: str, config: Ba
             seed=config.seed,
             keep_checkpoints=1,
         )
-        dataset = SubjectDataset(latents, [method.plain_prompt()], seed=config.seed)
+        dataset = SubjectDataset(LatentCache(folder, method.backbone), prompts, seed=config.seed)
         fit(method, dataset, settings, run, resume=True)
         return method
 

@@ -53,8 +53,8 @@ class ExampleBatch:
     mentioned: dict[str, np.ndarray]  # attribute -> (N,) bool: the first caption states it
 
 
-def scene_labels(scene: Scene) -> dict[str, int]:
-    """Ground truth of every attribute in LABELS, -1 = does not apply or cannot be seen."""
+def scene_labels(scene: Scene, labels: dict[str, list[str]] = LABELS) -> dict[str, int]:
+    """Ground truth of every attribute as an index into its labels, -1 = does not apply or cannot be seen."""
     entity = scene.placed[0].entity
     colored, surfaced = scene.style not in COLORLESS_STYLES, scene.style not in LINE_STYLES
     seen = {
@@ -85,7 +85,7 @@ def scene_labels(scene: Scene) -> dict[str, int]:
             seen |= {"glasses": "yes" if face.glasses else "no", "beard": "yes" if face.beard else "no"}
             if entity.celebrity is not None and surfaced:
                 seen["celebrity"] = CELEBRITIES[entity.celebrity]
-    return {name: LABELS[name].index(seen[name]) if seen.get(name) in LABELS[name] else -1 for name in LABELS}
+    return {name: names.index(seen[name]) if seen.get(name) in names else -1 for name, names in labels.items()}
 
 
 def label_scenes(scenes: Sequence[Scene], instances: Sequence[int], caption_seeds: Sequence[int]) -> ExampleBatch:

@@ -18,6 +18,7 @@ from common.io import load_safetensors
 from common.toyworld.tokenizer import MAX_TOKENS, load_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+HELD_OUT_JUDGE = WEIGHTS / "held_out_judge.safetensors"  # a Judge that also knows what held_out.py names
 IMAGE_PX = 64
 FEATURES = 256  # width of the penultimate features
 IDENTITY = 64  # width of the identity embedding

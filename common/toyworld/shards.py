@@ -63,10 +63,6 @@ def render(seeds: list[int]) -> ShardData:
     from common.toyworld.examples import make_examples
 
     batches = [make_examples(seeds[i : i + RENDER_BATCH]) for i in range(0, len(seeds), RENDER_BATCH)]
-
-    def stack(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.asarray(array) for array in arrays]))
-
     return ShardData(
         images=stack([batch.images for batch in batches]),
         masks=stack([batch.masks for batch in batches]).to(torch.uint8),
@@ -75,6 +71,11 @@ def render(seeds: list[int]) -> ShardData:
         instances=stack([batch.instances for batch in batches]).long(),
         captions=[list(captions) for batch in batches for captions in batch.captions],
     )
+
+
+def stack(arrays: list[np.ndarray]) -> Tensor:
+    """Arrays joined along their first axis."""
+    return torch.from_numpy(np.concatenate([np.asarray(array) for array in arrays]))
 
 
 def shard_path(directory: Path, first_seed: int, num_images: int) -> Path:

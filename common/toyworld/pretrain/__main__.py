@@ -1,9 +1,10 @@
-"""python -m common.toyworld.pretrain {vae,fold,clip,judge,unet,export,measure} --help"""
+"""python -m common.toyworld.pretrain {vae,fold,clip,judge,held-out-judge,unet,export,measure} --help"""
 
 import tyro
 
 from common.toyworld.pretrain.clip import ClipConfig, train_clip
 from common.toyworld.pretrain.export import ExportConfig, export
+from common.toyworld.pretrain.held_out_judge import HeldOutJudgeConfig, train_held_out_judge
 from common.toyworld.pretrain.judge import JudgeConfig, train_judge
 from common.toyworld.pretrain.measure import MeasureConfig, measure
 from common.toyworld.pretrain.unet import UnetConfig, train_unet
@@ -14,6 +15,7 @@ COMMANDS = {
     "fold": (FoldConfig, fold),
     "clip": (ClipConfig, train_clip),
     "judge": (JudgeConfig, train_judge),
+    "held-out-judge": (HeldOutJudgeConfig, train_held_out_judge),
     "unet": (UnetConfig, train_unet),
     "export": (ExportConfig, export),
     "measure": (MeasureConfig, measure),

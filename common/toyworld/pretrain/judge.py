@@ -42,9 +42,9 @@ class JudgeConfig(LoopConfig):
 class JudgeTrainer(nn.Module):
     """The judge with what only training needs: one direction for each recurring instance."""
 
-    def __init__(self, num_instances: int):
+    def __init__(self, num_instances: int, labels: dict[str, list[str]] = LABELS):
         super().__init__()
-        self.judge = Judge({name: list(values) for name, values in LABELS.items()})
+        self.judge = Judge({name: list(values) for name, values in labels.items()})
         self.instances = nn.Parameter(torch.randn(num_instances, IDENTITY))
 
     def forward(

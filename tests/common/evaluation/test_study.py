@@ -12,6 +12,7 @@ from torch import nn
 
 from common.data.images import load_image, to_pixel_values
 from common.evaluation import study as module
+from common.evaluation import trials
 from common.evaluation.encoders import Encoders
 from common.evaluation.study import Candidate, Study, benchmark_row, benchmark_subject, folder_name, run_study
 from common.toyworld.benchmark import Prompt, Subject, held_out_views, subjects
@@ -106,11 +107,11 @@ def trainer(monkeypatch) -> Trainer:
     torch.manual_seed(0)
     parts = {"unet": nn.Linear(2, 2), "vae": nn.Linear(1, 1), "text_encoders": (nn.Linear(3, 1),)}
     monkeypatch.setattr(module, "load_backbone", lambda name: SimpleNamespace(**parts))
-    monkeypatch.setattr(module, "load_encoders", lambda: Encoders(encoder, encoder))
+    monkeypatch.setattr(trials, "load_encoders", lambda: Encoders(encoder, encoder))
     monkeypatch.setattr(module, "Judge", SimpleNamespace(load=ColorJudge))
     monkeypatch.setattr(module, "subjects", lambda count: mugs[:count])
     monkeypatch.setattr(module, "held_out_views", lambda entity, count: COLORS[entity].repeat(count, 1, 1, 1))
-    monkeypatch.setattr(module, "time", trainer)
+    monkeypatch.setattr(trials, "time", trainer)
     return trainer
 
 
