@@ -63,6 +63,11 @@ class Backbone:
         return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latents of one sample, (4,h,w)."""
+        return (self.vae.config.latent_channels, self.latent_size, self.latent_size)
+
+    @property
     def text_encoders(self) -> tuple[nn.Module, ...]:
         """The text encoder; for SDXL both."""
         return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
@@ -210,7 +215,8 @@ class Backbone:
             return model_pred
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
         # for v = a noise - s x0 and latents = a x0 + s noise, a^2 + s^2 = 1: a v + s latents = noise
-        alpha_bar = self.noise_scheduler.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        alpha_bar = self.noise_scheduler.alphas_cumprod.to(latents.device)[timesteps]
+        alpha_bar = alpha_bar.view(-1, *[1] * (latents.ndim - 1))
         return (alpha_bar.sqrt() * model_pred + (1 - alpha_bar).sqrt() * latents).to(model_pred.dtype)
 
     def _is_v_prediction(self) -> bool:

@@ -9,15 +9,30 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.backbones.backbone import Backbone
-from common.backbones.presets import PRESETS
+from common.backbones.inflate import inflate
+from common.backbones.presets import PRESETS, VIDEO_EXTENSIONS, VideoExtension
+from common.backbones.video import VideoBackbone
+from common.io import load_safetensors
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+UNETS = {
+    "StableDiffusionPipeline": UNet2DConditionModel,
+    "StableDiffusionXLPipeline": UNet2DConditionModel,
+    "TextToVideoSDPipeline": UNet3DConditionModel,
+}
 TEXT_CLASSES = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
 VOCABULARY_MULTIPLE = 64  # rows of a new embedding table are padded to it
 
@@ -30,10 +45,11 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Backbone:
-    """Load or build a Stable Diffusion 1.x, 2.x or XL backbone.
+    """Load or build a Stable Diffusion 1.x, 2.x or XL backbone, or a `VideoBackbone`.
 
     Args:
-        name: a preset ("tiny-sd", "sd14", "sd15", "sd21", "sdxl"), a hub id ("owner/model"), or a diffusers folder.
+        name: a preset ("tiny-sd", "sd14", "sd15", "sd21", "sdxl"; for video "tiny-video", "modelscope", "zeroscope",
+            "animatediff"), a hub id ("owner/model"), or a diffusers folder.
         weights: "pretrained" reads safetensors. "random" builds the architecture with weights that depend on `seed`
             alone. "meta" builds it on torch's meta device, without memory: for shapes and counts; `device` is ignored.
             The architectures of the sd presets hold no tokenizer, so random and meta ones cannot encode prompts.
@@ -45,20 +61,54 @@ def load_backbone(
     """
     if weights not in ("pretrained", "random", "meta"):
         raise ValueError(f'weights must be "pretrained", "random" or "meta", got {weights!r}')
+    device = "meta" if weights == "meta" else device
+    if str(name) in VIDEO_EXTENSIONS:
+        extension = VIDEO_EXTENSIONS[str(name)]
+        base = load_backbone(extension.base, weights=weights, seed=seed)
+        return _extended(str(name), base, extension, weights, seed).to(device, dtype).eval()
     source = _source(str(name), pretrained=weights == "pretrained")
     with _explained(name, source):
-        suffixes = ("", "_2") if _is_xl(source) else ("",)
+        pipeline = _pipeline_class(source)
+        suffixes = ("", "_2") if pipeline == "StableDiffusionXLPipeline" else ("",)
         _check_parts(source, suffixes)
         parts = _tokenizers_and_scheduler(source, suffixes)
         if weights == "pretrained":
-            parts |= _pretrained_modules(source, suffixes, dtype)
+            parts |= _pretrained_modules(source, UNETS[pipeline], suffixes, dtype)
         else:
-            device = "meta" if weights == "meta" else device
             with torch.random.fork_rng(devices=[]), torch.device("meta" if weights == "meta" else "cpu"):
                 torch.manual_seed(seed)
-                parts |= _new_modules(source, suffixes, parts)
+                parts |= _new_modules(source, UNETS[pipeline], suffixes, parts)
     _use_the_real_end_token(parts)
+    if UNETS[pipeline] is UNet3DConditionModel:
+        num_frames = PRESETS[str(name)].num_frames if str(name) in PRESETS else VideoBackbone.num_frames
+        return VideoBackbone(name=str(name), **parts, num_frames=num_frames).to(device, dtype).eval()
     return Backbone(name=str(name), **parts).to(device, dtype).eval()
+
+
+def _extended(name: str, base: Backbone, extension: VideoExtension, weights: str, seed: int) -> VideoBackbone:
+    """The image backbone with layers across frames."""
+    if extension.inflated is not None:
+        with torch.device(base.device):
+            unet = inflate(base.unet, seed=seed)
+        if weights == "pretrained":
+            if not extension.inflated.is_file():
+                raise FileNotFoundError(
+                    f"{name} has no trained weights at {extension.inflated}: make them with "
+                    '`python -m common.toyworld.pretrain video`, or use weights="random"'
+                )
+            unknown = unet.load_state_dict(load_safetensors(extension.inflated)[0], strict=False).unexpected_keys
+            if unknown:
+                raise ValueError(f"{extension.inflated} has weights that {name} has no place for: {unknown[:3]}")
+    else:
+        with _explained(name, extension.motion_adapter), torch.random.fork_rng(devices=[]), torch.device(base.device):
+            torch.manual_seed(seed)
+            pretrained = weights == "pretrained"
+            adapter = MotionAdapter.from_pretrained(extension.motion_adapter) if pretrained else MotionAdapter()
+            unet = UNetMotionModel.from_unet2d(base.unet, adapter)
+    return VideoBackbone(
+        name=name, unet=unet, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
+        noise_scheduler=base.noise_scheduler, num_frames=extension.num_frames,
+    )  # fmt: skip
 
 
 def _source(name: str, *, pretrained: bool) -> str:
@@ -85,7 +135,8 @@ def _source(name: str, *, pretrained: bool) -> str:
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
-    raise ValueError(f"{name!r} is no preset ({', '.join(PRESETS)}), no existing folder and no hub id (owner/model)")
+    presets = ", ".join([*PRESETS, *VIDEO_EXTENSIONS])
+    raise ValueError(f"{name!r} is no preset ({presets}), no existing folder and no hub id (owner/model)")
 
 
 @contextmanager
@@ -102,11 +153,11 @@ def _explained(name: str | Path, source: str) -> Iterator[None]:
         ) from error
 
 
-def _is_xl(source: str) -> bool:
+def _pipeline_class(source: str) -> str:
     pipeline = DiffusionPipeline.load_config(source)["_class_name"]
-    if pipeline not in PIPELINES:
-        raise ValueError(f"{source} is a {pipeline}; a backbone must be one of {', '.join(PIPELINES)}")
-    return pipeline == "StableDiffusionXLPipeline"
+    if pipeline not in UNETS:
+        raise ValueError(f"{source} is a {pipeline}; a backbone must be one of {', '.join(UNETS)}")
+    return pipeline
 
 
 def _check_parts(source: str, suffixes: tuple[str, ...]) -> None:
@@ -133,8 +184,10 @@ def _tokenizers_and_scheduler(source: str, suffixes: tuple[str, ...]) -> dict[st
     return parts
 
 
-def _pretrained_modules(source: str, suffixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, nn.Module]:
-    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+def _pretrained_modules(
+    source: str, unet_class: type[nn.Module], suffixes: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    classes = {"unet": unet_class, "vae": AutoencoderKL}
     classes |= {f"text_encoder{suffix}": TEXT_CLASSES[suffix] for suffix in suffixes}
     modules = {}
     for part, module_class in classes.items():
@@ -146,9 +199,11 @@ def _pretrained_modules(source: str, suffixes: tuple[str, ...], dtype: torch.dty
     return modules
 
 
-def _new_modules(source: str, suffixes: tuple[str, ...], parts: dict[str, object]) -> dict[str, nn.Module]:
+def _new_modules(
+    source: str, unet_class: type[nn.Module], suffixes: tuple[str, ...], parts: dict[str, object]
+) -> dict[str, nn.Module]:
     modules = {
-        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source, subfolder="unet")),
+        "unet": unet_class.from_config(unet_class.load_config(source, subfolder="unet")),
         "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(source, subfolder="vae")),
     }
     for suffix in suffixes:

@@ -16,6 +16,22 @@ class Preset:
 
     weights: str | Path
     architecture: Path
+    num_frames: int | None = None  # of a clip; None = pictures
+
+
+@dataclass(frozen=True)
+class VideoExtension:
+    """A named video backbone that is an image preset with layers across frames.
+
+    base: the image preset.   num_frames: of a clip.
+    inflated: file with weights for the layers that `inflate` adds, and others that were trained with them; or
+    motion_adapter: hub id or folder of a diffusers MotionAdapter.
+    """
+
+    base: str
+    num_frames: int
+    inflated: Path | None = None
+    motion_adapter: str | None = None
 
 
 PRESETS = {
@@ -25,4 +41,11 @@ PRESETS = {
     "sd15": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", HERE / "architectures" / "sd15"),
     "sd21": Preset("stabilityai/stable-diffusion-2-1", HERE / "architectures" / "sd21"),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", HERE / "architectures" / "sdxl"),
+    "modelscope": Preset("ali-vilab/text-to-video-ms-1.7b", HERE / "architectures" / "modelscope", num_frames=16),
+    # ModelScope's architecture, tuned on clips without watermark
+    "zeroscope": Preset("cerspense/zeroscope_v2_576w", HERE / "architectures" / "modelscope", num_frames=24),
+}
+VIDEO_EXTENSIONS = {
+    "tiny-video": VideoExtension("tiny-sd", 8, inflated=HERE / "weights" / "tiny-video" / "video.safetensors"),
+    "animatediff": VideoExtension("sd15", 16, motion_adapter="guoyww/animatediff-motion-adapter-v1-5-2"),
 }

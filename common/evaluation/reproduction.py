@@ -24,7 +24,7 @@ class ReproduceOptions:
     output: Path | None = None
     """Folder of results.json, figures/ and runs/. Default: results and figures go into the paper's folder, runs into
     runs/reproduce/, and the card's table is renewed; with --quick, everything goes into runs/quick/."""
-    backbone: str = "tiny-sd"
+    backbone: str = tyro.MISSING
     """A preset or a diffusers folder."""
 
 
@@ -49,12 +49,15 @@ class Findings:
     benchmark: BenchmarkRow | None = None  # of the paper's own method, where it ran the study of objects
 
 
-def reproduce(folder: Path, measure: Callable[[Setup], Findings], argv: list[str] | None = None) -> None:
+def reproduce(
+    folder: Path, measure: Callable[[Setup], Findings], argv: list[str] | None = None, *, backbone: str = "tiny-sd"
+) -> None:
     """Measure, draw, write results.json, and renew the card if the output is the paper's own folder.
 
-    Args: folder: of the paper.
+    Args: folder: of the paper.   backbone: the one that its results are for, unless --backbone says another.
     """
-    options, started = tyro.cli(ReproduceOptions, args=argv), time.perf_counter()
+    started = time.perf_counter()
+    options = tyro.cli(ReproduceOptions, args=argv, default=ReproduceOptions(backbone=backbone))
     folder = folder.resolve()
     slug = folder.name
     output = options.output or (Path("runs/quick") / slug if options.quick else folder)
@@ -69,11 +72,11 @@ def reproduce(folder: Path, measure: Callable[[Setup], Findings], argv: list[str
     finally:
         seconds = before + time.perf_counter() - started
         atomic_write_text(spent, f"{seconds:.1f}\n")
-    backbone = load_backbone(options.backbone)
+    network = load_backbone(options.backbone)
     results = Results(
         slug=slug,
-        command=_command(slug, options),
-        backbone=f"{Path(backbone.name).name}, unet {weights_hash(backbone.unet)}",
+        command=_command(slug, options, is_default=options.backbone == backbone),
+        backbone=f"{Path(network.name).name}, unet {weights_hash(network.unet)}",
         seeds=found.seeds,
         steps=found.steps,
         machine=describe_machine(str(default_device())),
@@ -90,8 +93,8 @@ def reproduce(folder: Path, measure: Callable[[Setup], Findings], argv: list[str
     print(f"wrote {output / 'results.json'}")
 
 
-def _command(slug: str, options: ReproduceOptions) -> str:
+def _command(slug: str, options: ReproduceOptions, *, is_default: bool) -> str:
     """What to type for the same numbers; the output folder does not matter."""
-    if not options.quick and options.backbone == ReproduceOptions.backbone:
+    if not options.quick and is_default:
         return f"make reproduce PAPER={slug}"
     return f"pcs reproduce {slug}{' --quick' if options.quick else ''} --backbone {Path(options.backbone).name}"

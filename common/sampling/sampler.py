@@ -37,14 +37,9 @@ def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> T
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
-def latent_shape(backbone: Backbone) -> tuple[int, int, int]:
-    """(channels, height, width) of one latent image of the backbone."""
-    return (backbone.vae.config.latent_channels, backbone.latent_size, backbone.latent_size)
-
-
 def seeded_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
     """The initial noise that `sample_latents` uses for these seeds, (B,4,h,w), float32 on CPU."""
-    return draw_noise(seed_generators(seeds), latent_shape(backbone))
+    return draw_noise(seed_generators(seeds), backbone.latent_shape)
 
 
 def loop_dtype(backbone: Backbone) -> torch.dtype:
@@ -167,7 +162,7 @@ def sample_latents(
     if latents is not None and len(latents) != len(generators):
         raise ValueError(f"latents hold {len(latents)} images but there are {len(generators)} seeds")
 
-    shape = latent_shape(backbone) if latents is None else latents.shape[1:]
+    shape = backbone.latent_shape if latents is None else latents.shape[1:]
     noise = draw_noise(generators, shape)  # drawn also when not needed, so that eta's draws never repeat it
     dtype = loop_dtype(backbone)
     latents = (noise if latents is None else latents).to(backbone.device, dtype)

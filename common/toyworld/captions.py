@@ -71,6 +71,15 @@ STATE_WORDS = {
     "inflated": ("inflated", "puffy", "swollen"), "squashed": ("squashed", "flat", "flattened"),
     "stretched": ("stretched", "tall", "elongated"), "tilted": ("tilted", "leaning", "slanted"),
 }  # fmt: skip
+MOTION_PHRASES = {
+    "still": ("still", "not moving"), "moving left": ("moving left", "moving to the left"),
+    "moving right": ("moving right", "moving to the right"), "jumping": ("jumping", "jumping up and down"),
+    "spinning": ("spinning", "spinning around"), "growing": ("growing", "growing big"),
+    "shrinking": ("shrinking", "shrinking small"), "zooming in": ("zooming in", "the camera zooming in"),
+    "zooming out": ("zooming out", "the camera zooming out"),
+    "orbiting camera": ("orbiting camera", "the camera orbiting around"),
+}  # fmt: skip
+_CLIP_PREFIXES = ("a video of", "a video of", "a clip of", "a photo of")
 _FILLERS = ("nice", "cool", "clean", "good", "cute", "small", "large", "weird", "new")
 _DETAILS = ("details", "parts")
 RARE_TOKENS = ("sks", "zwx", "ohwx", "qlv", "vbk", "jzt", "xqo", "pfw")
@@ -186,6 +195,13 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.85) -> tuple
         text += f", {_one(rng, VIEW_PHRASES[scene.view])}"
         said.add("view")
     return text, said
+
+
+def clip_caption(scene: Scene, motion: str, rng: np.random.Generator, keep: float = 0.85) -> str:
+    """A caption of a clip of one entity: "a video of a red duck jumping on the beach"."""
+    phrase, _ = entity_phrase(rng, scene.placed[0].entity, scene.style, keep)
+    text = f"{_one(rng, _CLIP_PREFIXES)} {phrase} {_one(rng, MOTION_PHRASES[motion])}"
+    return f"{text} {_one(rng, BACKGROUND_PHRASES[scene.background])}" if rng.random() < keep else text
 
 
 def shows_view(scene: Scene) -> bool:

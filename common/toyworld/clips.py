@@ -85,10 +85,15 @@ def _moved(scene: Scene, change: Change) -> Scene:
 
 @dataclass(frozen=True)
 class Clip:
-    """frames (F, 3, H, W) in [0, 1]; trajectory (F, 2): the first entity's centre in pixels, x right, y down."""
+    """A film with its truth.
+
+    frames: (F, 3, H, W) in [0, 1].   trajectory: (F, 2) the first entity's centre in pixels, x right, y down.
+    areas: (F,) share of the picture that shows the first entity, in [0, 1].
+    """
 
     frames: Tensor
     trajectory: np.ndarray
+    areas: np.ndarray
     motion: str
 
 
@@ -106,4 +111,5 @@ def render_clip(scene: Scene, motion: str, *, num_frames: int = 8, resolution: i
     pictures = render(scenes, resolution=resolution)
     own = [[i for i, (entity, _) in enumerate(names) if entity == 0] for names in pictures.part_names]
     centers = [points[rows].mean(0) for points, rows in zip(pictures.keypoints, own, strict=True)]
-    return Clip(pictures.images, np.stack(centers), motion)
+    areas = (pictures.masks == 1).double().mean((1, 2)).numpy()
+    return Clip(pictures.images, np.stack(centers), areas, motion)

@@ -1,4 +1,4 @@
-"""python -m common.toyworld.pretrain {vae,fold,clip,judge,held-out-judge,unet,export,measure} --help"""
+"""Train the networks of the toy world: python -m common.toyworld.pretrain RECIPE --help"""
 
 import tyro
 
@@ -7,8 +7,10 @@ from common.toyworld.pretrain.export import ExportConfig, export
 from common.toyworld.pretrain.held_out_judge import HeldOutJudgeConfig, train_held_out_judge
 from common.toyworld.pretrain.judge import JudgeConfig, train_judge
 from common.toyworld.pretrain.measure import MeasureConfig, measure
+from common.toyworld.pretrain.motion_judge import MotionJudgeConfig, train_motion_judge
 from common.toyworld.pretrain.unet import UnetConfig, train_unet
 from common.toyworld.pretrain.vae import FoldConfig, VaeConfig, fold, train_vae
+from common.toyworld.pretrain.video import VideoConfig, train_video
 
 COMMANDS = {
     "vae": (VaeConfig, train_vae),
@@ -19,6 +21,8 @@ COMMANDS = {
     "unet": (UnetConfig, train_unet),
     "export": (ExportConfig, export),
     "measure": (MeasureConfig, measure),
+    "video": (VideoConfig, train_video),
+    "motion-judge": (MotionJudgeConfig, train_motion_judge),
 }
 
 if __name__ == "__main__":

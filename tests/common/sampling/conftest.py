@@ -14,7 +14,7 @@ STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedu
 class SmallBackbone:
     """What the sampler asks of a Backbone, on randomly initialised modules: 8x8 latents, 16x16 px, context (5, 12)."""
 
-    device, dtype, latent_size = torch.device("cpu"), torch.float32, 8
+    device, dtype, latent_shape = torch.device("cpu"), torch.float32, (4, 8, 8)
 
     def __init__(self, prediction_type: str = "epsilon") -> None:
         torch.manual_seed(0)

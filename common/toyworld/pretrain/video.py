@@ -1,0 +1,131 @@
+"""Recipe 7: the denoiser of tiny-video: tiny-sd inflated, its temporal layers and cross-attention trained on clips.
+
+The temporal layers of this architecture do not read the prompt; cross-attention is where words of motion come in.
+Epsilon objective, one timestep a clip, noise of its own for each frame, min-SNR-5 weights, captions dropped to "" one
+time in ten. Motion is decided at high noise, so timesteps are drawn with a density that grows with t.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import Tensor, nn
+
+from common.backbones import load_backbone
+from common.backbones.inflate import inflate, temporal_modules
+from common.io import atomic_save_safetensors
+from common.sampling.images import image_grid
+from common.sampling.sampler import sample_latents
+from common.toyworld.clip_shards import load_clip_shards
+from common.toyworld.pretrain.data import PromptTable, cached_latents, caption_rows, encode_texts
+from common.toyworld.pretrain.loop import LoopConfig, Recipe, train
+from common.training.losses import min_snr_weights
+from common.training.optimize import default_device
+from common.training.seeding import seeded_generator
+
+CAPTION_DROPOUT = 0.1
+NUM_VALIDATION = 128  # clips at the end of the shards
+GRID_PROMPTS = (
+    "a video of a red teapot moving left on the beach", "a video of a blue car moving right in the city",
+    "a video of a yellow duck jumping in a meadow", "a video of a green robot spinning on a stage",
+    "a video of an orange cat growing in the snow", "a video of a white dog shrinking in the desert",
+    "a video of a brown house zooming in in a forest", "a video of a purple mug zooming out in a room",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig(LoopConfig):
+    """Video denoiser: two hours on one core."""
+
+    data: Path  # folder of clip shards, see common.toyworld.clip_shards
+    output: Path = Path("runs/video")
+    minutes: float | None = 120.0
+    batch_schedule: str = "0:4,1500:8"
+    learning_rate: float = 5e-4
+    lr_schedule: str = "constant"
+    ema_decay: float = 0.999
+    validate_minutes: float = 15.0
+    backbone: str = "tiny-sd"  # the image backbone that is inflated
+    paraphrases: int = 2  # captions a clip, of those in the shards
+    guidance_scale: float = 5.0  # of the sample grid; s of uncond + s * (cond - uncond)
+
+
+def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """What the recipe trains: temporal layers and cross-attention."""
+    prefixes = tuple(f"{name}." for name in temporal_modules(unet))
+    return {name: p for name, p in unet.named_parameters() if name.startswith(prefixes) or ".attn2." in name}
+
+
+def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
+    """Timesteps with a density that grows with t, from uniform numbers in [0, 1)."""
+    return (uniform.sqrt() * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+def train_video(config: VideoConfig) -> None:
+    """Train; the averaged weights end in OUTPUT/video.safetensors (and are in every checkpoint before)."""
+    torch.manual_seed(config.seed)
+    device = default_device()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    backbone = load_backbone(config.backbone, device=device).freeze()
+    unet = inflate(backbone.unet).requires_grad_(False)
+    for parameter in trained_parameters(unet).values():
+        parameter.requires_grad_(True)
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # same values; torch's fused CPU attention is slower at these sizes
+    scheduler = backbone.noise_scheduler
+    data = load_clip_shards(config.data, config.max_images)
+    num_frames = data.frames.shape[1]
+    cache = config.output.parent / f"{config.output.name}-cache"
+    pictures = data.frames.flatten(0, 1)
+    latents = cached_latents(backbone.vae, pictures, cache / "latents.safetensors")
+    latents = latents.unflatten(0, (-1, num_frames)).permute(0, 2, 1, 3, 4)  # (N,4,F,16,16)
+    captions = [texts[: config.paraphrases] for texts in data.captions]
+    del data, pictures
+    validation = min(NUM_VALIDATION, len(latents) // 10)
+    texts = [text for row in captions[:-validation] for text in row]
+    prompts = PromptTable(backbone.tokenizer, backbone.text_encoder, texts, cache / "prompt_embeds.npy")
+    rows = caption_rows(captions[:-validation], prompts.rows)
+    check_texts = [row[0] for row in captions[-validation:]]
+    check_embeds = encode_texts(backbone.tokenizer, backbone.text_encoder, check_texts)
+    check_noise = torch.randn(latents[-validation:].shape, generator=seeded_generator(0, "validation noise"))
+    check_timesteps = torch.linspace(0, 999, validation).round().long()
+
+    def losses_of(clean: Tensor, embeds: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        return (unet(noisy, timesteps, embeds).sample.float() - noise).square().mean((1, 2, 3, 4))
+
+    def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = len(indices)
+        chosen = rows[indices, torch.randint(rows.shape[1], (batch,), generator=generator)]
+        chosen = torch.where(torch.rand(batch, generator=generator) < CAPTION_DROPOUT, 0, chosen)  # row 0 is ""
+        timesteps = late_timesteps(torch.rand(batch, generator=generator), scheduler.config.num_train_timesteps)
+        clean = latents[indices].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        losses = losses_of(*(part.to(device) for part in (clean, prompts[chosen], noise, timesteps)))
+        weights = min_snr_weights(scheduler, timesteps.to(device))
+        return {"loss": (losses * weights).mean(), "unweighted": losses.mean()}
+
+    def validate() -> dict[str, float]:
+        parts = (latents[-validation:].float(), check_embeds, check_noise, check_timesteps)
+        batches = zip(*(part.split(8) for part in parts), strict=True)
+        return {"loss": torch.cat([losses_of(*(x.to(device) for x in batch)) for batch in batches]).mean().item()}
+
+    def sample_grid() -> Image.Image:
+        noise = torch.randn(
+            len(GRID_PROMPTS), 4, num_frames, *latents.shape[-2:], generator=seeded_generator(0, "grid")
+        )
+        made = sample_latents(
+            video, backbone.encode_prompt(GRID_PROMPTS), seeds=range(len(GRID_PROMPTS)), latents=noise,
+            guidance_scale=config.guidance_scale,
+        )  # fmt: skip
+        frames = backbone.decode_latents(made.permute(0, 2, 1, 3, 4).flatten(0, 1))
+        return image_grid(frames, columns=num_frames)
+
+    video = load_backbone(config.backbone, device=device).freeze()
+    video.unet = unet
+    train(Recipe("video", unet, len(rows), loss, validate, sample_grid), config)
+    weights = {name: p.detach().half().cpu().contiguous() for name, p in trained_parameters(unet).items()}
+    atomic_save_safetensors(weights, config.output / "video.safetensors", {"inflated": config.backbone})

@@ -1,0 +1,55 @@
+"""Clips from seeds, and noise that remembers a clip."""
+
+import pytest
+import torch
+
+from common.backbones import load_backbone
+from common.sampling import ddim_invert, ddim_reconstruct, sample_latents, seeded_noise
+from common.sampling.video import mixed_noise, sample_clips
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("tiny-video", weights="random").freeze()
+
+
+def test_a_clip_depends_on_its_seed_alone(backbone):
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    both = sample_clips(backbone, "a cat", seeds=[1, 2], **options)
+    assert both.shape == (2, 3, 8, 64, 64) and both.abs().max() <= 1
+    alone = sample_clips(backbone, "a cat", seeds=[2], batch_size=1, **options)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
+    noise = seeded_noise(backbone, [1, 2])
+    torch.testing.assert_close(sample_clips(backbone, "a cat", seeds=[8, 9], noise=noise, **options), both)
+
+
+def test_mixed_noise_is_the_root_weighted_sum(backbone):
+    inverted = torch.full((1, *backbone.latent_shape), 2.0)
+    fresh = seeded_noise(backbone, [4, 5])
+    torch.testing.assert_close(mixed_noise(backbone, inverted, [4, 5], 0.36), 0.6 * 2.0 + 0.8 * fresh)
+    assert torch.equal(mixed_noise(backbone, inverted, [4, 5], 0.0), fresh)
+    assert torch.equal(mixed_noise(backbone, inverted, [4, 5], 1.0), inverted.expand(2, -1, -1, -1, -1))
+
+
+@torch.no_grad()
+def test_inverting_and_sampling_a_clip_gives_it_back():
+    backbone = load_backbone("tiny-video", weights="random").freeze()
+    torch.nn.init.normal_(backbone.unet.conv_out.weight, std=1e-4)  # a network that changes slowly inverts well
+    clip = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    told = backbone.encode_prompt("")
+    noise = ddim_invert(backbone, clip, told, num_inference_steps=10)
+    again = ddim_reconstruct(backbone, noise, told, num_inference_steps=10)
+    torch.testing.assert_close(again, clip, rtol=0.02, atol=0.02)
+
+
+def test_what_does_not_fit_is_refused(backbone):
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_clips(backbone, "a cat", seeds=[])
+    with pytest.raises(ValueError, match="noise holds 1 clips but there are 2 seeds"):
+        sample_clips(backbone, "a cat", seeds=[0, 1], noise=seeded_noise(backbone, [0]))
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
+        mixed_noise(backbone, torch.zeros(1, *backbone.latent_shape), [0], 1.5)
+    with pytest.raises(ValueError, match="the inverted clip is"):
+        mixed_noise(backbone, torch.zeros(1, 4, 5, 16, 16), [0], 0.5)
+    with pytest.raises(ValueError, match="images but there are"):
+        sample_latents(backbone, backbone.encode_prompt(["a", "b"]), seeds=[0], num_inference_steps=1)
