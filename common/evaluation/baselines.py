@@ -39,6 +39,12 @@ class BaselineConfig:
     guidance_scale: float = 5.0  # s of uncond + s * (cond - uncond)
     seed: int = 0
 
+    @classmethod
+    def like(cls, config: Any, learning_rate: float) -> "BaselineConfig":
+        """As many steps and samples, and the same sampling, as a method's config says."""
+        same = ("train_steps", "batch_size", "num_inference_steps", "guidance_scale")
+        return cls(learning_rate=learning_rate, **{name: getattr(config, name) for name in same})
+
 
 class _Baseline:
     """What the two share: the loss, sampling, and the prompt with the learned words."""

@@ -3,14 +3,16 @@
 Every method that is measured this way can stand beside every other in one figure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
 from torch import Tensor
 
 from common.backbones import load_backbone
+from common.data.images import load_image
 from common.evaluation.bootstrap import bootstrap_mean
 from common.evaluation.claims import BenchmarkRow
 from common.evaluation.records import config_hash
@@ -27,6 +29,7 @@ from common.evaluation.trials import (
     records_of,
     run_trials,
 )
+from common.sampling.images import image_grid, to_pil
 from common.toyworld.benchmark import Subject, held_out_views, subjects
 from common.toyworld.judge import Judge
 
@@ -68,7 +71,7 @@ def run_study(backbone_name: str, candidates: Mapping[str, Candidate], study: St
 
     Returns: per candidate and subject
         identity, attributes: of the plain prompt: cosine of the judge's identity embedding with held-out photos; share
-            of class, colour, pattern, material that are right.
+            of class, colour, pattern, material that are right.   identity error, attribute error: 1 - these.
         compliance: of the other prompts: share of what they ask for beyond the class that is right.
         product: max(0, identity) x compliance.
         clip_t: mean over all prompts.
@@ -117,6 +120,24 @@ def benchmark_subject(subject: Subject, study: Study) -> BenchmarkSubject:
     )
 
 
+def prompt_grid(toy_subjects: Sequence[Subject], words: Mapping[str, str], study: Study, runs: Path) -> Image.Image:
+    """A row for each subject and method: a training photo, then the first picture of each prompt.
+
+    Args: words: method -> what stands for the subject in the labels.   runs: as in `run_study`.
+    """
+    cells, labels = [], []
+    for subject in toy_subjects:
+        scored = benchmark_subject(subject, study)
+        for method, in_prompt in words.items():
+            pictures = runs / folder_name(method) / "images" / subject.name
+            cells += to_pil(subject.images[:1])
+            labels.append(f"{method}: photo of {subject.name}")
+            for i in range(len(scored.prompts)):
+                cells.append(load_image(pictures / f"{i:02d}-{study.seeds[0]}.png"))
+                labels.append(scored.prompt(i, in_prompt))
+    return image_grid(cells, 2 + study.num_prompts, labels, upscale=2)
+
+
 def benchmark_row(method: str, scores: Scores, study: Study, backbone_name: str) -> BenchmarkRow:
     """The method's place in the comparison of all methods that ran the same study on the same backbone and judge."""
     scored = [benchmark_subject(subject, study) for subject in subjects(study.num_subjects)]
@@ -151,5 +172,6 @@ def _read_scores(folder: Path, subject: BenchmarkSubject, words: str) -> dict[st
         "compliance": mean("prompt_attributes", others),
         "clip_t": mean("clip_t", [plain, *others]),
     }
+    found |= {"identity error": 1 - found["identity"], "attribute error": 1 - found["attributes"]}
     found["product"] = max(0.0, found["identity"]) * found["compliance"]
     return found | measured_of(folder, subject.name)

@@ -52,28 +52,19 @@ class Plan:
 
 
 def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
-    """The study's scores, "identity error" and "class distance"."""
+    """The study's scores and "class distance"."""
     config = plan.config
-    baseline = {
-        "train_steps": config.train_steps,
-        "batch_size": config.batch_size,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
     candidates = {
         PROPOSAL: custom_diffusion(backbone_name, config, runs),
         NO_REGULARISATION: custom_diffusion(backbone_name, replace(config, prior_loss_weight=0.0), runs),
-        FINE_TUNING: full_fine_tuning(
-            backbone_name, BaselineConfig(learning_rate=FINE_TUNING_LEARNING_RATE, **baseline)
-        ),
-        INVERSION: token_inversion(backbone_name, BaselineConfig(learning_rate=INVERSION_LEARNING_RATE, **baseline)),
+        FINE_TUNING: full_fine_tuning(backbone_name, BaselineConfig.like(config, FINE_TUNING_LEARNING_RATE)),
+        INVERSION: token_inversion(backbone_name, BaselineConfig.like(config, INVERSION_LEARNING_RATE)),
     }
     drifting = [name for name in candidates if name != INVERSION]  # which leaves the class as it was
     candidates |= {
         name: with_class_samples(candidates[name], plan.class_seeds, class_folder(runs, name)) for name in drifting
     }
     scores = run_study(backbone_name, candidates, plan.study, runs)
-    scores["identity error"] = {name: {s: 1 - v for s, v in row.items()} for name, row in scores["identity"].items()}
     scores["class distance"] = class_distances(backbone_name, plan, [*drifting, UNTUNED], runs)
     return scores
 

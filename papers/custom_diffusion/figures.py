@@ -7,7 +7,6 @@ import torch
 
 from common.backbones import load_backbone
 from common.data.image_folder import ImageFolder
-from common.data.images import load_image
 from common.data.latent_cache import LatentCache
 from common.data.subject_dataset import SubjectDataset
 from common.evaluation.baselines import PLACEHOLDER, BaselineConfig, FullFineTuning
@@ -15,8 +14,8 @@ from common.evaluation.bootstrap import bootstrap_mean
 from common.evaluation.claims import Figure
 from common.evaluation.class_samples import read_samples
 from common.evaluation.figures import bar_with_intervals, labelled_image_rows, lines_with_intervals, save_figure
-from common.evaluation.study import PLAIN_PROMPT, Scores, benchmark_subject, folder_name
-from common.sampling.images import image_grid, save_png, to_pil
+from common.evaluation.study import PLAIN_PROMPT, Scores, folder_name, prompt_grid
+from common.sampling.images import save_png
 from common.toyworld.benchmark import Subject, subjects
 from common.training.config import FitConfig
 from common.training.loop import fit
@@ -51,7 +50,8 @@ def draw_figures(backbone_name: str, plan: Plan, scores: Scores, runs: Path, out
     kinds = sorted(scores["weight change"].items(), key=lambda kind: -sum(kind[1].values()))
     bars = {kind.replace(" ", "\n", 1): {"": bootstrap_mean(list(values.values()))} for kind, values in kinds}
     save_figure(bar_with_intervals(bars, "mean change ||W' - W|| / ||W||"), folder / "layer_change.png")
-    draw_prompts(plan, toy_subjects, runs, folder / "prompts.png")
+    words = {PROPOSAL: plan.config.placeholders[0] + " {class}", INVERSION: PLACEHOLDER, FINE_TUNING: "sks {class}"}
+    save_png(prompt_grid(toy_subjects, words, plan.study, runs), folder / "prompts.png")
     draw_class_samples(plan, toy_subjects[:ROWS], runs, folder / "class_samples.png")
     draw_compression(scores, folder / "compression.png")
     draw_two_concepts(backbone_name, plan, runs, folder / "two_concepts.png")
@@ -62,22 +62,6 @@ def draw_figures(backbone_name: str, plan: Plan, scores: Scores, runs: Path, out
         Figure("figures/compression.png", "Loss on held-out views against the size of the compressed artifact"),
         Figure("figures/two_concepts.png", "Two subjects in one picture: trained together, merged, DreamBooth"),
     ]
-
-
-def draw_prompts(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:
-    """A training photo, then one picture per prompt; a row for each method."""
-    cells, labels = [], []
-    words = {PROPOSAL: plan.config.placeholders[0] + " {class}", INVERSION: PLACEHOLDER, FINE_TUNING: "sks {class}"}
-    for subject in toy_subjects:
-        scored = benchmark_subject(subject, plan.study)
-        for method, in_prompt in words.items():
-            pictures = runs / folder_name(method) / "images" / subject.name
-            cells += [to_pil(subject.images[:1])[0]]
-            labels += [f"{method}: photo of {subject.name}"]
-            for i in range(len(scored.prompts)):
-                cells.append(load_image(pictures / f"{i:02d}-{plan.study.seeds[0]}.png"))
-                labels.append(scored.prompt(i, in_prompt))
-    save_png(image_grid(cells, 2 + plan.study.num_prompts, labels, upscale=2), path)
 
 
 def draw_class_samples(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:

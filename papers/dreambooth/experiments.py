@@ -63,19 +63,8 @@ def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
     """The study's scores; "diversity" of one prompt (DIV, Table 3); "class distance" and "PRES" of the class alone."""
     encoders, judge, config = load_encoders(), Judge.load(), plan.config
     candidates = {name: dreambooth(backbone_name, plan, name, runs) for name in ABLATIONS}
-    candidates[INVERSION] = token_inversion(
-        backbone_name,
-        BaselineConfig(
-            train_steps=config.train_steps,
-            batch_size=config.batch_size,
-            learning_rate=INVERSION_LEARNING_RATE,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        ),
-    )
+    candidates[INVERSION] = token_inversion(backbone_name, BaselineConfig.like(config, INVERSION_LEARNING_RATE))
     scores = run_study(backbone_name, candidates, plan.study, runs)
-    scores["identity error"] = {name: {s: 1 - v for s, v in row.items()} for name, row in scores["identity"].items()}
-    scores["attribute error"] = {name: {s: 1 - v for s, v in row.items()} for name, row in scores["attributes"].items()}
     for subject in subjects(plan.study.num_subjects):
         sample_untuned(
             backbone_name, subject.class_noun, plan.class_seeds,

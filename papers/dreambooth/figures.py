@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from common.data.images import load_image
 from common.evaluation.baselines import PLACEHOLDER
 from common.evaluation.claims import Figure
 from common.evaluation.class_samples import read_samples
 from common.evaluation.figures import labelled_image_rows
-from common.evaluation.study import benchmark_subject, folder_name
-from common.sampling.images import image_grid, save_png, to_pil
+from common.evaluation.study import prompt_grid
+from common.sampling.images import save_png
 from common.toyworld.benchmark import Subject, subjects
 
 from .experiments import INVERSION, NO_PRIOR, PROPOSAL, UNTUNED, Plan, samples_folder
@@ -21,7 +20,8 @@ ROWS = 3  # subjects in the figures that compare samples
 def draw_figures(plan: Plan, runs: Path, output: Path) -> list[Figure]:
     """Write output/figures/*.png."""
     folder, toy_subjects = output / "figures", subjects(plan.study.num_subjects)
-    draw_prompts(plan, toy_subjects, runs, folder / "prompts.png")
+    words = {PROPOSAL: f"{plan.config.identifier} {{class}}", INVERSION: PLACEHOLDER}
+    save_png(prompt_grid(toy_subjects, words, plan.study, runs), folder / "prompts.png")
     draw_class_samples(plan, toy_subjects[:ROWS], runs, folder / "class_samples.png")
     draw_diversity(plan, toy_subjects[:ROWS], runs, folder / "diversity.png")
     return [
@@ -29,21 +29,6 @@ def draw_figures(plan: Plan, runs: Path, output: Path) -> list[Figure]:
         Figure("figures/class_samples.png", "The class before tuning, without and with prior loss (as Figure 19)"),
         Figure("figures/diversity.png", "Samples of one prompt with and without prior loss (as Figure 6)"),
     ]
-
-
-def draw_prompts(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:
-    """A training photo, then one picture per prompt; a row for each method."""
-    cells, labels = [], []
-    for subject in toy_subjects:
-        config, scored = plan.subject_config(subject, PROPOSAL), benchmark_subject(subject, plan.study)
-        for method, words in ((PROPOSAL, f"{config.identifier} {{class}}"), (INVERSION, PLACEHOLDER)):
-            pictures = runs / folder_name(method) / "images" / subject.name
-            cells += [to_pil(subject.images[:1])[0]]
-            labels += [f"{method}: photo of {subject.name}"]
-            for i in range(len(scored.prompts)):
-                cells.append(load_image(pictures / f"{i:02d}-{plan.study.seeds[0]}.png"))
-                labels.append(scored.prompt(i, words))
-    save_png(image_grid(cells, 2 + plan.study.num_prompts, labels, upscale=2), path)
 
 
 def draw_class_samples(plan: Plan, toy_subjects: list[Subject], runs: Path, path: Path) -> None:

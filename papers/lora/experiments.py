@@ -78,26 +78,17 @@ def artifact_folder(runs: Path, method: str, subject: str) -> Path:
 
 
 def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
-    """The study's scores, "identity error", "class drift", "PRES" and "gap" (see `numerical_gaps`); the scores of
+    """The study's scores, "class drift", "PRES" and "gap" (see `numerical_gaps`); the scores of
     scales and merges, which have studies of their own, as "scale identity", "merge identity", ..."""
     config = plan.config
-    baseline = {
-        "train_steps": config.train_steps, "batch_size": config.batch_size,
-        "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale,
-    }  # fmt: skip
-    full = full_fine_tuning(backbone_name, BaselineConfig(learning_rate=FULL_LEARNING_RATE, **baseline))
     candidates = {rank_name(rank, plan): adapted(backbone_name, plan, rank) for rank in (config.rank, *plan.ranks)}
     candidates |= {
-        FULL: full,
-        INVERSION: token_inversion(
-            backbone_name, BaselineConfig(learning_rate=INVERSION_LEARNING_RATE, **baseline)
-        ),
-    }  # fmt: skip
+        FULL: full_fine_tuning(backbone_name, BaselineConfig.like(config, FULL_LEARNING_RATE)),
+        INVERSION: token_inversion(backbone_name, BaselineConfig.like(config, INVERSION_LEARNING_RATE)),
+    }
     for name in (PROPOSAL, FULL):
         candidates[name] = with_class_samples(candidates[name], plan.class_seeds, runs / folder_name(name) / "class")
     scores = run_study(backbone_name, candidates, plan.study, runs)
-    errors = {name: {s: 1 - v for s, v in row.items()} for name, row in scores["identity"].items()}
-    scores["identity error"] = errors
 
     scaled = {scale_name(strength): at_strength(plan, runs, strength) for strength in plan.strengths}
     merged = {name: merged_with_next(plan, runs, name) for name in MERGES}

@@ -77,13 +77,7 @@ def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
     The truncations are methods too, named by `truncated`, in "truncation identity", "truncation attributes" and so on.
     """
     config = plan.config
-    baseline = BaselineConfig(
-        train_steps=config.train_steps,
-        batch_size=config.batch_size,
-        learning_rate=INVERSION_LEARNING_RATE,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-    )
+    baseline = BaselineConfig.like(config, INVERSION_LEARNING_RATE)
     proposal = candidate(backbone_name, config, PROPOSAL, runs)
     scores = run_study(
         backbone_name, {PROPOSAL: proposal, INVERSION: token_inversion(backbone_name, baseline)}, plan.study, runs

@@ -64,13 +64,7 @@ class Plan:
 def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
     """The study's scores; EARLY and TIED under "held-out loss"; "density"; SHAPE, COLOUR and "mix" of two concepts."""
     config = plan.config
-    baseline = BaselineConfig(
-        train_steps=config.train_steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-    )
+    baseline = BaselineConfig.like(config, config.learning_rate)
 
     def learn(subject: Subject, photos: Path, run: Path) -> PPlus:
         return train_on_subject(backbone_name, plan, subject, photos, run)

@@ -93,22 +93,13 @@ def candidates(
 ) -> dict[str, Candidate]:
     """The methods at equal steps and data; the baselines at the rates that suit tiny-sd."""
 
-    def baseline(learning_rate: float) -> BaselineConfig:
-        return BaselineConfig(
-            train_steps=config.train_steps,
-            batch_size=config.batch_size,
-            learning_rate=learning_rate,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
-
     def learn(subject: Subject, photos: Path, run: Path) -> ProSpect:
         return train_on_subject(backbone_name, config, subject, photos, run)
 
     every = {
         PROPOSAL: Candidate(words=PLACEHOLDER, settings=flat_config(config=config), train=learn),
-        INVERSION: token_inversion(backbone_name, baseline(5e-3)),
-        FINE_TUNING: full_fine_tuning(backbone_name, baseline(2e-4)),
+        INVERSION: token_inversion(backbone_name, BaselineConfig.like(config, 5e-3)),
+        FINE_TUNING: full_fine_tuning(backbone_name, BaselineConfig.like(config, 2e-4)),
     }
     return {name: every[name] for name in names}
 

@@ -72,16 +72,11 @@ class Plan:
 
     def baseline(self, **changes: object) -> BaselineConfig:
         """Full fine-tuning with the same steps, batch and sampling."""
-        config = self.config
-        settings = {
-            "train_steps": config.train_steps, "batch_size": config.batch_size, "learning_rate": FULL_LEARNING_RATE,
-            "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale,
-        }  # fmt: skip
-        return BaselineConfig(**settings | changes)
+        return replace(BaselineConfig.like(self.config, FULL_LEARNING_RATE), **changes)
 
 
 def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
-    """The study's scores, "identity error", "class drift", "numbers" that are trained, and what a sum costs:
+    """The study's scores, "class drift", "numbers" that are trained, and what a sum costs:
     "identity loss", "held-out rise"."""
     candidates = {
         PROPOSAL: shifted(backbone_name, plan),
@@ -90,7 +85,6 @@ def measure(backbone_name: str, plan: Plan, runs: Path) -> Scores:
     for name in candidates:
         candidates[name] = with_class_samples(candidates[name], plan.class_seeds, runs / folder_name(name) / "class")
     scores = run_study(backbone_name, candidates, plan.study, runs)
-    scores["identity error"] = {name: {s: 1 - v for s, v in row.items()} for name, row in scores["identity"].items()}
 
     sums = {SUM: sum_of_shifts(plan, runs), FULL_SUM: sum_of_weights(backbone_name, plan, runs)}
     summed = run_study(backbone_name, sums, plan.sum_study, runs / "sums")

@@ -6,13 +6,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
-from common.data.images import load_image
 from common.evaluation.bootstrap import bootstrap_mean
 from common.evaluation.claims import Figure
 from common.evaluation.class_samples import read_samples
 from common.evaluation.figures import bar_with_intervals, labelled_image_rows, save_figure
-from common.evaluation.study import Scores, benchmark_subject, folder_name
-from common.sampling.images import image_grid, save_png, to_pil
+from common.evaluation.study import Scores, folder_name, prompt_grid
+from common.sampling.images import save_png
 from common.training.optimize import default_device
 
 from .editing import description_and_edits
@@ -27,7 +26,8 @@ SHOWN = 3  # subjects, pairs or photos in a figure
 def draw_figures(scores: Scores, plan: Plan, runs: Path, output: Path) -> list[Figure]:
     """Write output/figures/*.png."""
     folder = output / "figures"
-    draw_prompts(plan, runs, folder / "prompts.png")
+    words = {PROPOSAL: "S*", FULL: "S*"}
+    save_png(prompt_grid(plan.subjects()[:SHOWN], words, plan.study, runs), folder / "prompts.png")
     draw_pairs(plan, runs, folder / "pairs.png")
     bars = {
         score: {variant: bootstrap_mean(list(row.values())) for variant, row in scores[score].items()}
@@ -48,21 +48,6 @@ def draw_figures(scores: Scores, plan: Plan, runs: Path, output: Path) -> list[F
         Figure("figures/edits.png", "A photo and its edits, shifts above full fine-tuning (as Figure 7)"),
         Figure("figures/correlations.png", "Correlation of the shifts of two subjects (as Figure 9a)"),
     ]
-
-
-def draw_prompts(plan: Plan, runs: Path, path: Path) -> None:
-    """Training photo, then one picture per prompt; a row for each method."""
-    cells, labels = [], []
-    for subject in plan.subjects()[:SHOWN]:
-        scored = benchmark_subject(subject, plan.study)
-        for name in (PROPOSAL, FULL):
-            folder = runs / folder_name(name) / "images" / subject.name
-            cells.append(to_pil(subject.images[:1])[0])
-            labels.append(f"{name}: photo of {subject.name}")
-            for i in range(len(scored.prompts)):
-                cells.append(load_image(folder / f"{i:02d}-{plan.study.seeds[0]}.png"))
-                labels.append(scored.prompt(i, "S*"))
-    save_png(image_grid(cells, 2 + plan.study.num_prompts, labels, upscale=2), path)
 
 
 def draw_pairs(plan: Plan, runs: Path, path: Path) -> None:

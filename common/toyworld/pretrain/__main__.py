@@ -7,6 +7,7 @@ from common.toyworld.pretrain.export import ExportConfig, export
 from common.toyworld.pretrain.held_out_judge import HeldOutJudgeConfig, train_held_out_judge
 from common.toyworld.pretrain.judge import JudgeConfig, train_judge
 from common.toyworld.pretrain.measure import MeasureConfig, measure
+from common.toyworld.pretrain.measure_video import ExportVideoConfig, MeasureVideoConfig, export_video, measure_video
 from common.toyworld.pretrain.motion_judge import MotionJudgeConfig, train_motion_judge
 from common.toyworld.pretrain.unet import UnetConfig, train_unet
 from common.toyworld.pretrain.vae import FoldConfig, VaeConfig, fold, train_vae
@@ -22,6 +23,8 @@ COMMANDS = {
     "export": (ExportConfig, export),
     "measure": (MeasureConfig, measure),
     "video": (VideoConfig, train_video),
+    "export-video": (ExportVideoConfig, export_video),
+    "measure-video": (MeasureVideoConfig, measure_video),
     "motion-judge": (MotionJudgeConfig, train_motion_judge),
 }
 

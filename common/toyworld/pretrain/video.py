@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from common.backbones import load_backbone
 from common.backbones.inflate import inflate, temporal_modules
-from common.io import atomic_save_safetensors
 from common.sampling.images import image_grid
 from common.sampling.sampler import sample_latents
 from common.toyworld.clip_shards import load_clip_shards
@@ -64,7 +63,7 @@ def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
 
 
 def train_video(config: VideoConfig) -> None:
-    """Train; the averaged weights end in OUTPUT/video.safetensors (and are in every checkpoint before)."""
+    """Train; `export-video` takes the averaged weights from the checkpoint."""
     torch.manual_seed(config.seed)
     device = default_device()
     if config.threads is not None:
@@ -127,5 +126,3 @@ def train_video(config: VideoConfig) -> None:
     video = load_backbone(config.backbone, device=device).freeze()
     video.unet = unet
     train(Recipe("video", unet, len(rows), loss, validate, sample_grid), config)
-    weights = {name: p.detach().half().cpu().contiguous() for name, p in trained_parameters(unet).items()}
-    atomic_save_safetensors(weights, config.output / "video.safetensors", {"inflated": config.backbone})

@@ -129,6 +129,8 @@ def test_scores_by_hand(trainer, tmp_path):
     expected = {
         "identity": (0.5, 1.0),
         "attributes": (0.5, 1.0),
+        "identity error": (0.5, 0.0),
+        "attribute error": (0.5, 0.0),
         "compliance": (0.25, 0.25),
         "product": (0.125, 0.25),
         "clip_t": (1 / 6, 1 / 6),

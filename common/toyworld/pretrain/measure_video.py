@@ -1,0 +1,161 @@
+"""Export tiny-video from a run, and measure it: clips of held-out prompts, read by the judge of clips."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.backbones import load_backbone
+from common.backbones.presets import VIDEO_EXTENSIONS
+from common.evaluation.motion import neighbour_consistency
+from common.io import atomic_save_safetensors, atomic_write_text, load_safetensors
+from common.sampling.images import image_grid, save_png
+from common.sampling.video import sample_clips
+from common.toyworld.clip_shards import ALL_MOTIONS, render_clips
+from common.toyworld.judge import Judge
+from common.toyworld.motion_judge import ClipReading, MotionJudge
+from common.toyworld.pretrain.data import HELD_OUT_FIRST_SEED
+from common.toyworld.pretrain.export import MEASUREMENTS, folder_bytes, validation_curve
+from common.toyworld.pretrain.motion_judge import to_clips
+from common.training.optimize import default_device
+
+TINY_VIDEO = VIDEO_EXTENSIONS["tiny-video"].inflated
+GOALS = {"motion": 0.75, "class": 0.85}
+CONSISTENCY_MARGIN = 0.02  # below that of renders
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportVideoConfig:
+    """Write tiny-video's weights from a finished or running training run."""
+
+    run: Path = Path("runs/video")  # the average in its last checkpoint is taken
+    output: Path = TINY_VIDEO
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureVideoConfig:
+    """What the card states."""
+
+    weights: Path = TINY_VIDEO  # the card is written beside them
+    num_clips: int = 80
+    first_seed: int = HELD_OUT_FIRST_SEED  # of the prompts
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0  # s of uncond + s * (cond - uncond)
+    grid: Path | None = None  # PNG of the first 12 clips, a row each
+
+
+def export_video(config: ExportVideoConfig) -> None:
+    """Write config.output, training.json and the card."""
+    tensors, header = load_safetensors(config.run / "checkpoint.safetensors")
+    average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+    halves = {name: tensor.half().contiguous() for name, tensor in average.items()}
+    atomic_save_safetensors(halves, config.output, {"inflated": VIDEO_EXTENSIONS["tiny-video"].base})
+    training = json.loads(header["progress"]) | {"validation_loss": validation_curve(config.run / "log.jsonl")}
+    atomic_write_text(config.output.parent / "training.json", json.dumps(training, indent=2) + "\n")
+    write_video_card(config.output.parent)
+    print(f"written to {config.output}")
+
+
+@torch.no_grad()
+def measure_video(config: MeasureVideoConfig) -> dict:
+    """Write measurements.json and the card beside the weights; returns the numbers."""
+    device = default_device()
+    judge, pictures = MotionJudge.load(device=device), Judge.load(device=device)
+    renders = render_clips(list(range(config.first_seed, config.first_seed + config.num_clips)))
+    backbone = load_backbone("tiny-video", device=device).freeze()
+    prompts = [captions[0] for captions in renders.captions]
+    made = torch.cat(
+        [
+            sample_clips(
+                backbone, prompt, seeds=[seed], num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+            )
+            for seed, prompt in enumerate(tqdm(prompts, desc="sampling", unit="clip"))
+        ]
+    )  # fmt: skip
+    truth = to_clips(renders.frames)
+    if config.grid is not None:
+        rows = made[:12].transpose(1, 2).flatten(0, 1)
+        labels = [prompt if k == 0 else "" for prompt in prompts[:12] for k in range(made.shape[2])]
+        save_png(image_grid(rows, columns=made.shape[2], labels=labels, upscale=2), config.grid)
+    found, own = judge.read(made.to(device)), judge.read(truth.to(device))
+    settings = ("num_clips", "first_seed", "num_inference_steps", "guidance_scale")
+    result = {
+        "settings": {name: getattr(config, name) for name in settings},
+        "generated": shares_right(found, renders.motions, renders.classes)
+        | {"consistency": frame_consistency(pictures, made.to(device))},
+        "renders": shares_right(own, renders.motions, renders.classes)
+        | {"consistency": frame_consistency(pictures, truth.to(device))},
+    }
+    for index in sorted(set(renders.motions.tolist())):
+        chosen = renders.motions == index
+        share = (found.motions.argmax(-1).cpu()[chosen] == index).float().mean().item()
+        result.setdefault("motions", {})[ALL_MOTIONS[index]] = {"right": share, "clips": int(chosen.sum())}
+    atomic_write_text(config.weights.parent / MEASUREMENTS, json.dumps(result, indent=2) + "\n")
+    write_video_card(config.weights.parent)
+    print("\n".join(video_table(result)))
+    return result
+
+
+def shares_right(found: ClipReading, motions: Tensor, classes: Tensor) -> dict[str, float]:
+    """Share of clips whose motion, and whose class, are read as they should be."""
+    return {
+        "motion": (found.motions.argmax(-1).cpu() == motions).float().mean().item(),
+        "class": (found.classes.argmax(-1).cpu() == classes).float().mean().item(),
+    }
+
+
+def frame_consistency(judge: Judge, clips: Tensor) -> float:
+    """Mean cosine of the picture judge's features of neighbouring frames; clips (B,3,F,H,W) in [-1,1]."""
+    features = torch.stack([judge.features(clip.transpose(0, 1)) for clip in clips])
+    return neighbour_consistency(features).mean().item()
+
+
+def write_video_card(folder: Path) -> None:
+    """Write README.md of the weights folder from its training.json and measurements.json."""
+    training = json.loads((folder / "training.json").read_text("utf-8"))
+    curve = ", ".join(f"{int(step):,}: {loss:.4f}" for step, loss in training["validation_loss"].items())
+    lines = [
+        "# tiny-video",
+        "",
+        "tiny-sd as a video network: diffusers' UNet3DConditionModel with tiny-sd's spatial weights, and layers across",
+        "frames that were trained on clips of the toy world (8 frames, 64x64 px, ten named motions).",
+        f"`video.safetensors` ({folder_bytes(folder) / 2**20:.1f} MiB with this card) holds these layers and the",
+        "cross-attention that was trained with them, in float16; `load_backbone` takes the rest from tiny-sd.",
+        "",
+        f"{training['step']:,} steps, {training['samples']:,} clips, {training['seconds'] / 60:.0f} minutes; "
+        "the averaged weights are stored.",
+        f"Fixed-noise validation loss after steps: {curve}.",
+        "To train on: `python -m common.toyworld.pretrain video --data CLIPS --output RUN --minutes N --resume`.",
+    ]
+    measured = folder / MEASUREMENTS
+    if measured.exists():
+        lines += ["", *video_table(json.loads(measured.read_text("utf-8")))]
+    else:
+        lines += ["", "Not measured yet: `python -m common.toyworld.pretrain measure-video`."]
+    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def video_table(measured: dict) -> list[str]:
+    """Markdown lines of what `measure_video` wrote."""
+    settings, made, truth = (measured[name] for name in ("settings", "generated", "renders"))
+    goals = {name: f"{goal:.0%}" for name, goal in GOALS.items()}
+    goals["consistency"] = f"{truth['consistency'] - CONSISTENCY_MARGIN:.3f}"
+    lines = [
+        f"Measured on {settings['num_clips']} held-out prompts (seeds from {settings['first_seed']}), "
+        f"{settings['num_inference_steps']} DDIM steps, guidance scale {settings['guidance_scale']}.",
+        "The judges' own accuracy is on the renders of the prompts.",
+        "",
+        "| | generated | goal | renders |",
+        "|---|---|---|---|",
+        *(f"| {name} right | {made[name]:.1%} | {goals[name]} | {truth[name]:.1%} |" for name in GOALS),
+        f"| cosine of neighbouring frames | {made['consistency']:.3f} | {goals['consistency']} | "
+        f"{truth['consistency']:.3f} |",
+        "",
+        "| motion | right | clips |",
+        "|---|---|---|",
+    ]
+    return lines + [f"| {name} | {row['right']:.0%} | {row['clips']} |" for name, row in measured["motions"].items()]
