@@ -91,12 +91,14 @@ def _extended(name: str, base: Backbone, extension: VideoExtension, weights: str
         with torch.device(base.device):
             unet = inflate(base.unet, seed=seed)
         if weights == "pretrained":
-            if not extension.inflated.is_file():
+            files = sorted(extension.inflated.glob("*.safetensors"))
+            if not files:
                 raise FileNotFoundError(
                     f"{name} has no trained weights at {extension.inflated}: make them with "
                     '`python -m common.toyworld.pretrain video`, or use weights="random"'
                 )
-            unknown = unet.load_state_dict(load_safetensors(extension.inflated)[0], strict=False).unexpected_keys
+            trained = {name: tensor for path in files for name, tensor in load_safetensors(path)[0].items()}
+            unknown = unet.load_state_dict(trained, strict=False).unexpected_keys
             if unknown:
                 raise ValueError(f"{extension.inflated} has weights that {name} has no place for: {unknown[:3]}")
     else:

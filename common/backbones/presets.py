@@ -24,7 +24,7 @@ class VideoExtension:
     """A named video backbone that is an image preset with layers across frames.
 
     base: the image preset.   num_frames: of a clip.
-    inflated: file with weights for the layers that `inflate` adds, and others that were trained with them; or
+    inflated: folder of safetensors with the layers that `inflate` adds, and others that were trained with them; or
     motion_adapter: hub id or folder of a diffusers MotionAdapter.
     """
 
@@ -46,6 +46,6 @@ PRESETS = {
     "zeroscope": Preset("cerspense/zeroscope_v2_576w", HERE / "architectures" / "modelscope", num_frames=24),
 }
 VIDEO_EXTENSIONS = {
-    "tiny-video": VideoExtension("tiny-sd", 8, inflated=HERE / "weights" / "tiny-video" / "video.safetensors"),
+    "tiny-video": VideoExtension("tiny-sd", 8, inflated=HERE / "weights" / "tiny-video"),
     "animatediff": VideoExtension("sd15", 16, motion_adapter="guoyww/animatediff-motion-adapter-v1-5-2"),
 }

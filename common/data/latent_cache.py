@@ -41,7 +41,7 @@ class LatentCache:
 
     def __init__(self, folder: ImageFolder, backbone: "Backbone", *, cache_dir: str | Path | None = None):
         self.folder = folder
-        with _in_float32(backbone.vae):
+        with in_float32(backbone.vae):
             vae_hash = module_hash(backbone.vae)
             moments = [
                 _moments(folder, index, backbone, vae_hash, None if cache_dir is None else Path(cache_dir))
@@ -101,8 +101,8 @@ def module_hash(module: nn.Module) -> str:
 
 
 @contextmanager
-def _in_float32(vae: nn.Module) -> Iterator[None]:
-    """SDXL's VAE overflows in float16; half precision to float32 and back changes no bit."""
+def in_float32(vae: nn.Module) -> Iterator[None]:
+    """The VAE in float32 inside the block: SDXL's overflows in float16. To float32 and back changes no bit."""
     dtype = vae.dtype
     try:
         nn.Module.to(vae, dtype=torch.float32)  # not diffusers' own, which warns

@@ -1,4 +1,4 @@
-"""Samplers, guidance rules, DDIM inversion, null-text inversion and pictures.
+"""Samplers, guidance rules, DDIM inversion, null-text inversion, pictures and clips.
 
 The names below load on first use, so that `common.sampling.images` can be imported without diffusers.
 """
@@ -10,6 +10,8 @@ _HOME = {
     "img2img": "sampler",
     "seeded_noise": "sampler",
     "sample_images": "generate",
+    "sample_clips": "video",
+    "mixed_noise": "video",
     "make_scheduler": "schedulers",
     "SCHEDULERS": "schedulers",
     "classifier_free": "guidance",
@@ -24,6 +26,10 @@ _HOME = {
     "to_pil": "images",
     "image_grid": "images",
     "save_png": "images",
+    "save_mp4": "clips",
+    "save_gif": "clips",
+    "clip_grid": "clips",
+    "filmstrip": "clips",
 }
 __all__ = list(_HOME)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from common.toyworld.clip_shards import ALL_MOTIONS, render_clips
 from common.toyworld.judge import Judge
 from common.toyworld.motion_judge import ClipReading, MotionJudge
 from common.toyworld.pretrain.data import HELD_OUT_FIRST_SEED
-from common.toyworld.pretrain.export import MEASUREMENTS, folder_bytes, validation_curve
+from common.toyworld.pretrain.export import MAX_SHARD, MEASUREMENTS, folder_bytes, validation_curve
 from common.toyworld.pretrain.motion_judge import to_clips
 from common.training.optimize import default_device
 
@@ -32,14 +33,14 @@ class ExportVideoConfig:
     """Write tiny-video's weights from a finished or running training run."""
 
     run: Path = Path("runs/video")  # the average in its last checkpoint is taken
-    output: Path = TINY_VIDEO
+    output: Path = TINY_VIDEO  # folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureVideoConfig:
     """What the card states."""
 
-    weights: Path = TINY_VIDEO  # the card is written beside them
+    weights: Path = TINY_VIDEO  # folder; the card is written into it
     num_clips: int = 80
     first_seed: int = HELD_OUT_FIRST_SEED  # of the prompts
     num_inference_steps: int = 30
@@ -48,14 +49,19 @@ class MeasureVideoConfig:
 
 
 def export_video(config: ExportVideoConfig) -> None:
-    """Write config.output, training.json and the card."""
+    """Write the shards of config.output, training.json and the card."""
     tensors, header = load_safetensors(config.run / "checkpoint.safetensors")
     average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
     halves = {name: tensor.half().contiguous() for name, tensor in average.items()}
-    atomic_save_safetensors(halves, config.output, {"inflated": VIDEO_EXTENSIONS["tiny-video"].base})
+    shards = split_torch_state_dict_into_shards(
+        halves, filename_pattern="video{suffix}.safetensors", max_shard_size=MAX_SHARD
+    )
+    for name, keys in shards.filename_to_tensors.items():
+        part = {key: halves[key] for key in keys}
+        atomic_save_safetensors(part, config.output / name, {"inflated": VIDEO_EXTENSIONS["tiny-video"].base})
     training = json.loads(header["progress"]) | {"validation_loss": validation_curve(config.run / "log.jsonl")}
-    atomic_write_text(config.output.parent / "training.json", json.dumps(training, indent=2) + "\n")
-    write_video_card(config.output.parent)
+    atomic_write_text(config.output / "training.json", json.dumps(training, indent=2) + "\n")
+    write_video_card(config.output)
     print(f"written to {config.output}")
 
 
@@ -94,8 +100,8 @@ def measure_video(config: MeasureVideoConfig) -> dict:
         chosen = renders.motions == index
         share = (found.motions.argmax(-1).cpu()[chosen] == index).float().mean().item()
         result.setdefault("motions", {})[ALL_MOTIONS[index]] = {"right": share, "clips": int(chosen.sum())}
-    atomic_write_text(config.weights.parent / MEASUREMENTS, json.dumps(result, indent=2) + "\n")
-    write_video_card(config.weights.parent)
+    atomic_write_text(config.weights / MEASUREMENTS, json.dumps(result, indent=2) + "\n")
+    write_video_card(config.weights)
     print("\n".join(video_table(result)))
     return result
 
@@ -123,7 +129,7 @@ def write_video_card(folder: Path) -> None:
         "",
         "tiny-sd as a video network: diffusers' UNet3DConditionModel with tiny-sd's spatial weights, and layers across",
         "frames that were trained on clips of the toy world (8 frames, 64x64 px, ten named motions).",
-        f"`video.safetensors` ({folder_bytes(folder) / 2**20:.1f} MiB with this card) holds these layers and the",
+        f"The safetensors ({folder_bytes(folder) / 2**20:.1f} MiB with this card) hold these layers and the",
         "cross-attention that was trained with them, in float16; `load_backbone` takes the rest from tiny-sd.",
         "",
         f"{training['step']:,} steps, {training['samples']:,} clips, {training['seconds'] / 60:.0f} minutes; "
