@@ -137,9 +137,9 @@ def _action_caption(scene: Scene) -> str:
 
 def _action_prompts(index: int, action: str, scenes: Sequence[Scene]) -> tuple[Prompt, ...]:
     rng = np.random.default_rng([104, index])
-    prompts = []
-    for k in range(NUM_PROMPTS):
-        actor = _ACTORS[k % len(_ACTORS)]
+    prompts: dict[str, Prompt] = {}  # by text, so that none is there twice
+    while len(prompts) < NUM_PROMPTS:
+        actor = _ACTORS[len(prompts) % len(_ACTORS)]
         worn = {scene.placed[0].entity.color for scene in scenes if entity_nouns(scene)[0] == actor}
         free = [color for color in COLORS if color not in worn]
         color, place = free[rng.integers(len(free))], BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
@@ -147,8 +147,9 @@ def _action_prompts(index: int, action: str, scenes: Sequence[Scene]) -> tuple[P
         article = "an" if color[0] in "aeiou" else "a"
         words = f"a {actor} in {article} {color} shirt" if is_person else f"{article} {color} {actor}"
         shown = {"pose": action, "class": "person" if is_person else actor, "color": color, "background": place}
-        prompts.append(Prompt(f"a photo of {words} {{}} {BACKGROUND_PHRASES[place][0]}", shown))
-    return tuple(prompts)
+        text = f"a photo of {words} {{}} {BACKGROUND_PHRASES[place][0]}"
+        prompts[text] = Prompt(text, shown)
+    return tuple(prompts.values())
 
 
 def _other_poses(scenes: Sequence[Scene]) -> list[Scene]:

@@ -28,7 +28,7 @@ def test_every_kind_of_task_is_whole(tasks):
             assert task.attribute == attribute and task.name in LABELS[attribute]
             assert len(task.images) == len(task.captions) == len(task.scenes)
             assert len(task.held_out) == len(task.held_out_captions)
-            assert len(task.prompts) == NUM_PROMPTS
+            assert len({p.text for p in task.prompts}) == len(task.prompts) == NUM_PROMPTS
             assert all(text.count("{}") == 1 and task.name not in text for text in task.captions)
             assert all(p.text.count("{}") == 1 and p.expected[attribute] == task.name for p in task.prompts)
 
