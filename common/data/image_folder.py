@@ -28,6 +28,7 @@ class ImageFolder(Dataset):
         flip: whether mirrored variants are offered too.
         masks: folder of masks, each named as its picture up to the suffix (same sub-folder); one for every picture.
         captions: folder of the caption files; None = root.
+        other_files: names of files that are no pictures, such as a table of the caller's own.
         skip_bad_images: leave unusable files out with a warning; they are listed in `skipped`.
     Raises: BadImage naming the first unusable file; ValueError if nothing usable is left, or if captions are
         incomplete; FileNotFoundError if a folder is not there.
@@ -42,6 +43,7 @@ class ImageFolder(Dataset):
         flip: bool = False,
         masks: str | Path | None = None,
         captions: str | Path | None = None,
+        other_files: Sequence[str] = (),
         skip_bad_images: bool = False,
     ):
         if resolution_px < 1 or num_crops < 1:
@@ -54,7 +56,8 @@ class ImageFolder(Dataset):
         self.sizes_px: list[tuple[int, int]] = []  # (width, height), upright
         self.skipped: list[BadImage] = []
         masks_by_stem = {} if mask_root is None else _masks_by_stem(mask_root)
-        for path in _picture_files(self.root, [caption_root] if mask_root is None else [caption_root, mask_root]):
+        apart = [caption_root] if mask_root is None else [caption_root, mask_root]
+        for path in _picture_files(self.root, apart, {*CAPTION_TABLES, *other_files}):
             try:
                 size_px = load_image(path).size
                 if mask_root is not None:
@@ -116,13 +119,13 @@ class ImageFolder(Dataset):
         return [Variant(position, flip) for flip in flips for position in positions]
 
 
-def _picture_files(root: Path, apart: list[Path]) -> list[Path]:
-    """All files that have to be pictures: no caption table, no NAME.txt of a picture NAME, nothing in `apart`."""
+def _picture_files(root: Path, apart: list[Path], tables: set[str]) -> list[Path]:
+    """All files that have to be pictures: no table, no NAME.txt of a picture NAME, nothing in `apart`."""
     apart = [folder.resolve() for folder in apart if folder.resolve() != root.resolve()]
     files = [
         path
         for path in list_files(root)
-        if path.name not in CAPTION_TABLES and not any(path.parent.resolve().is_relative_to(folder) for folder in apart)
+        if path.name not in tables and not any(path.parent.resolve().is_relative_to(folder) for folder in apart)
     ]
     captioned = {name_key(path.with_suffix("")) for path in files if path.suffix.lower() != ".txt"}
     return [path for path in files if path.suffix.lower() != ".txt" or name_key(path.with_suffix("")) not in captioned]

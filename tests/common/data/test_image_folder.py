@@ -92,6 +92,14 @@ def test_other_files_are_an_error_too(tmp_path, name):
         ImageFolder(tmp_path, resolution_px=8)
 
 
+def test_a_table_of_the_callers_own_is_passed_over(tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(BadImage, match="text.json"):
+        ImageFolder(tmp_path, resolution_px=8)
+    assert len(ImageFolder(tmp_path, resolution_px=8, other_files=("text.json",))) == 1
+
+
 def test_bad_files_are_skipped_and_listed_on_request(tmp_path):
     write(tmp_path / "good.png", BLUE)
     (tmp_path / "empty.jpg").touch()

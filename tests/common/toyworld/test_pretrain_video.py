@@ -1,0 +1,74 @@
+"""The recipe of tiny-video: what it trains, one step of it, export, card, measures."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from common.backbones import load_backbone
+from common.backbones.inflate import inflate
+from common.backbones.presets import VIDEO_EXTENSIONS, VideoExtension
+from common.io import load_safetensors
+from common.toyworld.clip_shards import render_clips, write_clip_shard
+from common.toyworld.pretrain import measure_video as measuring
+from common.toyworld.pretrain import video as recipe
+from common.toyworld.pretrain.motion_judge import to_clips
+
+
+def test_timesteps_grow_denser_with_t():
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    drawn = recipe.late_timesteps(uniform, 1000)
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert (drawn < 500).double().mean().item() == pytest.approx(0.25, abs=1e-3)  # the square root of u is below 1/2
+
+
+def test_temporal_layers_and_cross_attention_learn():
+    unet = inflate(load_backbone("tiny-sd").unet)
+    trained = recipe.trained_parameters(unet)
+    assert sum(p.numel() for p in trained.values()) == 12_324_288
+    assert {name.split(".")[-4] for name in trained if "attn2" in name and "temp" not in name} >= {"0"}
+    assert not any(part in name for name in trained for part in ("resnets", "conv_in", "time_embedding"))
+    assert "transformer_in.proj_out.weight" in trained and any("temp_convs" in name for name in trained)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One step on twelve clips."""
+    folder = tmp_path_factory.mktemp("video")
+    write_clip_shard(folder / "clips", 0, 12, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "GRID_PROMPTS", recipe.GRID_PROMPTS[:1])
+        patch.setattr(recipe, "sample_latents", partial(recipe.sample_latents, num_inference_steps=1))
+        recipe.train_video(
+            recipe.VideoConfig(data=folder / "clips", output=folder / "run", steps=1, batch_schedule="0:1", bf16=False)
+        )
+    return folder / "run"
+
+
+def test_a_run_is_exported_and_loaded(run, tmp_path, monkeypatch):
+    measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path / "weights"))
+    files = sorted((tmp_path / "weights").glob("*.safetensors"))
+    assert len(files) == 2 and all(path.stat().st_size < 16 * 2**20 for path in files)
+    assert "Not measured yet" in (tmp_path / "weights" / "README.md").read_text()
+    monkeypatch.setitem(VIDEO_EXTENSIONS, "small", VideoExtension("tiny-sd", 8, inflated=tmp_path / "weights"))
+    loaded = load_backbone("small")
+    average = load_safetensors(run / "checkpoint.safetensors")[0]
+    name = "transformer_in.proj_in.weight"
+    torch.testing.assert_close(dict(loaded.unet.named_parameters())[name], average[f"ema.{name}"].half().float())
+    image = load_backbone("tiny-sd").unet.state_dict()
+    assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], image["conv_in.weight"])
+
+
+def test_perfect_clips_measure_as_well_as_renders(run, tmp_path, monkeypatch):
+    measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path))
+    config = measuring.MeasureVideoConfig(weights=tmp_path, num_clips=20, first_seed=700_000, grid=tmp_path / "g.png")
+    truth = to_clips(render_clips(list(range(700_000, 700_020))).frames)
+    monkeypatch.setattr(measuring, "load_backbone", lambda name, device: load_backbone("tiny-sd"))
+    monkeypatch.setattr(measuring, "sample_clips", lambda backbone, prompt, seeds, **_: truth[seeds])
+    result = measuring.measure_video(config)
+    assert result["generated"] == pytest.approx(result["renders"]) and result["generated"]["motion"] > 0.85
+    assert sum(row["clips"] for row in result["motions"].values()) == 20
+    card = (tmp_path / "README.md").read_text()
+    assert "| motion right |" in card and (tmp_path / "g.png").is_file()
+    assert json.loads((tmp_path / "measurements.json").read_text())["settings"]["num_clips"] == 20
