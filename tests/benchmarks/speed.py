@@ -32,6 +32,7 @@ from papers.dreambooth.config import DreamBoothConfig
 from papers.textual_inversion import method as textual_inversion
 from papers.textual_inversion import train as textual_inversion_train
 from papers.textual_inversion.config import TextualInversionConfig
+from tests.benchmarks import video_speed
 from tests.benchmarks.reference_loop import train_plainly
 
 WARM_UP = 3  # first steps of a loop that are not counted
@@ -176,6 +177,14 @@ class Bench:
             found |= {"seconds_peer": peer, "ours_over_peer": statistics.median(ours) / peer}
         return found
 
+    def clip_loading(self) -> dict:
+        """A 320x240 mp4 of 3 s at 30 fps, to a tensor of 256 px; seconds per second of video."""
+        return video_speed.clip_loading(self.folder)
+
+    def clip_sampling(self) -> dict:
+        """One clip of 8 frames on tiny-video, 30 DDIM steps, with guidance."""
+        return video_speed.clip_sampling(self.steps(30))
+
     def _peer(self, prompts: tuple[str, str]) -> float:
         """Seconds per step of the script at `--peer`."""
         source = PRESETS["tiny-sd"].weights if self.options.backbone == "tiny-sd" else self.options.backbone
@@ -200,6 +209,8 @@ MEASUREMENTS: dict[str, Callable[[Bench], dict]] = {
     "sampling": Bench.sampling,
     "dreambooth": Bench.dreambooth,
     "textual_inversion": Bench.textual_inversion,
+    "clip_loading": Bench.clip_loading,
+    "clip_sampling": Bench.clip_sampling,
 }
 
 
