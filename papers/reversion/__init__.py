@@ -1,0 +1,1 @@
+"""ReVersion: see README.md."""
