@@ -28,7 +28,7 @@ reproduce: paper_given install
 	$(FAST) $(VENV)/bin/pcs reproduce $(PAPER) $(if $(QUICK),--quick) $(if $(OUTPUT),--output $(OUTPUT))
 
 notebooks: install
-	$(FAST) $(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/$(or $(PAPER),*).ipynb
+	$(FAST) $(VENV)/bin/python notebooks/execute.py $(wildcard notebooks/$(or $(PAPER),*).ipynb)
 
 lint: install
 	$(VENV)/bin/ruff check .
