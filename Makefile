@@ -44,10 +44,11 @@ install: $(STAMP)
 paper_given:
 	@test -n "$(PAPER)" || { echo "make reproduce: name a paper, as in: make reproduce PAPER=textual_inversion" >&2; exit 2; }
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock requirements.no-deps.lock pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "Python 3.11 is needed (found: $(PYTHON)); name it, as in: make PYTHON=/path/to/python3.11 test" >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(VENV)/bin/python" -m pip install --disable-pip-version-check -r requirements.lock
+	"$(VENV)/bin/python" -m pip install --disable-pip-version-check --no-deps -r requirements.no-deps.lock
 	"$(VENV)/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch "$@"

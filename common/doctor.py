@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.papers_index import REPOSITORY
 
-LOCK = REPOSITORY / "requirements.lock"
+LOCKS = (REPOSITORY / "requirements.lock", REPOSITORY / "requirements.no-deps.lock")
 TINY_SD = REPOSITORY / "common" / "backbones" / "weights" / "tiny-sd"
 TINY_SD_PARTS = ("unet", "vae", "text_encoder")
 MIN_FREE_GIB = 2.0  # a training run with checkpoints and caches
@@ -33,9 +33,10 @@ class Finding:
     way_out: str = ""
 
 
-def read_lock(path: Path = LOCK) -> dict[str, str]:
-    """Package name (normalised: lower case, single dashes) -> exact version, from the lock file."""
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+def read_lock(paths: Sequence[Path] = LOCKS) -> dict[str, str]:
+    """Package name (normalised: lower case, single dashes) -> exact version, from the lock files."""
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", text, re.MULTILINE)
     return {normalised(name): version for name, version in pins}
 
 

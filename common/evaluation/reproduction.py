@@ -12,6 +12,7 @@ from common.evaluation.claims import BenchmarkRow, Claim, Figure, Results, save_
 from common.evaluation.records import describe_machine
 from common.fingerprint import weights_hash
 from common.io import atomic_write_text
+from common.training.interrupt import exit_on_sigterm
 from common.training.optimize import default_device
 
 
@@ -68,7 +69,8 @@ def reproduce(
     spent = runs / "seconds.txt"  # by earlier calls whose finished runs are found again
     before = float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
     try:
-        found = measure(Setup(options.backbone, options.quick, runs, output))
+        with exit_on_sigterm():
+            found = measure(Setup(options.backbone, options.quick, runs, output))
     finally:
         seconds = before + time.perf_counter() - started
         atomic_write_text(spent, f"{seconds:.1f}\n")

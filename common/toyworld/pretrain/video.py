@@ -1,14 +1,17 @@
 """Recipe 7: the denoiser of tiny-video: tiny-sd inflated, its temporal layers and cross-attention trained on clips.
 
 The temporal layers of this architecture do not read the prompt; cross-attention is where words of motion come in.
-Epsilon objective, one timestep a clip, noise of its own for each frame, min-SNR-5 weights, captions dropped to "" one
-time in ten. Motion is decided at high noise, so timesteps are drawn with a density that grows with t.
+Epsilon objective, one timestep a clip, noise of its own for each frame, captions dropped to "" one time in ten. Motion
+is decided at high noise, where errors of epsilon are small: timesteps are drawn with a density that grows with t, and
+errors are weighted as those of v, (SNR + 1) / SNR (Salimans & Ho, arXiv 2202.00512), with the SNR in the numerator at
+most 5.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from common.sampling.sampler import sample_latents
 from common.toyworld.clip_shards import load_clip_shards
 from common.toyworld.pretrain.data import PromptTable, cached_latents, caption_rows, encode_texts
 from common.toyworld.pretrain.loop import LoopConfig, Recipe, train
-from common.training.losses import min_snr_weights
+from common.training.losses import min_snr_weights, signal_to_noise
 from common.training.optimize import default_device
 from common.training.seeding import seeded_generator
 
@@ -60,6 +63,11 @@ def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
 def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
     """Timesteps with a density that grows with t, from uniform numbers in [0, 1)."""
     return (uniform.sqrt() * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+def late_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
+    """Weights of epsilon's squared errors, (min(SNR, 5) + 1) / SNR: those of v, less at low noise; (B,) float32."""
+    return min_snr_weights(noise_scheduler, timesteps) + 1 / signal_to_noise(noise_scheduler, timesteps)
 
 
 def train_video(config: VideoConfig) -> None:
@@ -104,7 +112,7 @@ def train_video(config: VideoConfig) -> None:
         clean = latents[indices].float()
         noise = torch.randn(clean.shape, generator=generator)
         losses = losses_of(*(part.to(device) for part in (clean, prompts[chosen], noise, timesteps)))
-        weights = min_snr_weights(scheduler, timesteps.to(device))
+        weights = late_weights(scheduler, timesteps.to(device))
         return {"loss": (losses * weights).mean(), "unweighted": losses.mean()}
 
     def validate() -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The frame of reproduce.py: where things are written, what is said about them, and what --quick may not do."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ class Measure:
     """What a paper passes: notes its set-ups, takes 60 seconds."""
 
     def __init__(self):
-        self.now, self.setups, self.failures = 7.0, [], 0
+        self.now, self.setups, self.interruptions = 7.0, [], []
 
     def perf_counter(self):
         return self.now
@@ -31,9 +33,8 @@ class Measure:
     def __call__(self, setup: Setup) -> Findings:
         self.setups.append(setup)
         self.now += 60
-        if self.failures:
-            self.failures -= 1
-            raise KeyboardInterrupt
+        if self.interruptions:
+            os.kill(os.getpid(), self.interruptions.pop())
         (claim,) = [Claim(text="better", place="", paper="-", ours=VALUE, how="h", holds="yes")]
         return Findings(claims=[claim], figures=[Figure("figures/a.png", "A")], seeds=[0, 1], steps=9, benchmark=ROW)
 
@@ -97,9 +98,10 @@ def test_quick_never_writes_into_the_papers_folder(paper, measure):
     assert "better" in (paper / "README.md").read_text()
 
 
-def test_time_of_a_stopped_run_counts_and_it_leaves_no_results(paper, measure):
-    measure.failures = 1
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_time_of_a_stopped_run_counts_and_it_leaves_no_results(paper, measure, number, error):
+    measure.interruptions.append(number)
+    with pytest.raises(error):
         reproduce(paper, measure, ["--output", "out"])
     assert not Path("out/results.json").exists()
     reproduce(paper, measure, ["--output", "out"])
