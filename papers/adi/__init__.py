@@ -1,0 +1,1 @@
+"""ADI: see README.md."""

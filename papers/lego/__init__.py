@@ -1,0 +1,1 @@
+"""Lego: see README.md."""
