@@ -34,7 +34,7 @@ class Measure:
         self.setups.append(setup)
         self.now += 60
         if self.interruptions:
-            os.kill(os.getpid(), self.interruptions.pop())
+            self.interruptions.pop()()
         (claim,) = [Claim(text="better", place="", paper="-", ours=VALUE, how="h", holds="yes")]
         return Findings(claims=[claim], figures=[Figure("figures/a.png", "A")], seeds=[0, 1], steps=9, benchmark=ROW)
 
@@ -98,9 +98,17 @@ def test_quick_never_writes_into_the_papers_folder(paper, measure):
     assert "better" in (paper / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_time_of_a_stopped_run_counts_and_it_leaves_no_results(paper, measure, number, error):
-    measure.interruptions.append(number)
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("interruption, error", [(ctrl_c, KeyboardInterrupt), (sigterm, SystemExit)])
+def test_time_of_a_stopped_run_counts_and_it_leaves_no_results(paper, measure, interruption, error):
+    measure.interruptions.append(interruption)
     with pytest.raises(error):
         reproduce(paper, measure, ["--output", "out"])
     assert not Path("out/results.json").exists()
