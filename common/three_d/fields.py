@@ -19,7 +19,7 @@ from common.three_d.cameras import CENTER
 
 HALF_SIZE = 0.85  # of the default scene box, for objects of height 1
 DENSITY_SCALE = 25.0  # density = DENSITY_SCALE * softplus(raw)
-BLOB_RADIUS, BLOB_DENSITY = 0.35, 1.5  # of a new field: raw = BLOB_DENSITY * (1 - |x| / BLOB_RADIUS), as in Magic3D
+BLOB_RADIUS, BLOB_DENSITY = 0.4, 5.0  # of a new field: raw = BLOB_DENSITY * (1 - |x| / BLOB_RADIUS), as in Magic3D
 NORMAL_STEP = 0.02  # of central differences where there is no grid
 
 
