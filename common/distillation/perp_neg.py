@@ -1,7 +1,11 @@
 """Perp-Neg (Armandpour et al., arXiv 2304.04968): negative prompts that cannot take back what the positive one says."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from common.backbones import Backbone, Conditioning
 
 
 def perpendicular(vectors: Tensor, to: Tensor) -> Tensor:
@@ -25,25 +29,16 @@ def perp_neg_guidance(
     return unconditional + guidance_scale * (towards + (weights[..., None, None, None] * away).sum(0))
 
 
-def view_negatives(azimuths_deg: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts for azimuths: shares of the positive ones, and weights of the negative ones.
+def perp_neg_noise(
+    backbone: Backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning,
+    negatives: Sequence[Conditioning], unconditional: Conditioning, weights: Tensor, guidance_scale: float,
+) -> Tensor:  # fmt: skip
+    """`perp_neg_guidance` from one batch of all prompts, (B,4,h,w): stands where `guided_predictor`'s noise does.
 
-    Between the front and a side the positive prompt is a mix of both, and between a side and the back likewise. Front
-    and side are negative prompts too: w = -(a exp(-b r) + c), with the constants of threestudio
-    (threestudio-project/threestudio at 28d9d80, PromptProcessorOutput).
-
-    Args: azimuths_deg: (B,), 0 = front.
-    Returns: shares (B,3) of front, side and back; weights (B,2) of the negative prompts front and side.
+    Args: conditionings: of B prompts each; K negatives.   weights: (K,B), <= 0.   guidance_scale: s; 1 = off.
     """
-    turned = ((azimuths_deg + 180) % 360 - 180).abs() / 90  # 0 front, 1 side, 2 back
-    r = torch.where(turned < 1, 1 - turned, 2 - turned)  # 1 at the end nearer to the front
-    zero = torch.zeros_like(r)
-    ahead, behind = torch.stack([r, 1 - r, zero], -1), torch.stack([zero, r, 1 - r], -1)
-    in_front = (turned < 1)[:, None]
-    front_side = torch.stack([_decay(4.0, 0.5, -2.426, r), _decay(4.0, 0.5, -2.426, 1 - r)], -1)
-    side_back = torch.stack([_decay(1.0, 0.5, 0.967, r), _decay(1.0, 0.5, -0.606, r)], -1)
-    return torch.where(in_front, ahead, behind), -torch.where(in_front, front_side, side_back)
-
-
-def _decay(a: float, b: float, c: float, r: Tensor) -> Tensor:
-    return a * torch.exp(-b * r) + c
+    told = Conditioning.cat([unconditional, conditioning, *negatives])
+    count = 2 + len(negatives)
+    predicted = backbone.predict_noise(noisy_latents.repeat(count, 1, 1, 1), timesteps.repeat(count), told)
+    without, positive, *against = predicted.chunk(count)
+    return perp_neg_guidance(without, positive, torch.stack(against), weights.to(predicted), guidance_scale)

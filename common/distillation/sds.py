@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.backbones import Backbone, Conditioning
+from common.sampling.sampler import guided_noise
 
 Weighting = Literal["sigma2", "uniform"]
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]  # (z_t, t) -> eps_hat
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,21 @@ class TimestepRange:
         return torch.randint(first, last + 1, (count,), generator=generator)
 
 
-def guided_noise(
-    backbone: Backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning,
-    unconditional: Conditioning, guidance_scale: float,
-) -> Tensor:  # fmt: skip
-    """eps_uncond + s (eps_cond - eps_uncond), (B,4,h,w), from one batch of both.   conditionings: of B prompts each."""
-    told = Conditioning.cat([unconditional, conditioning])
-    without, with_prompt = backbone.predict_noise(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), told).chunk(2)
-    return without + guidance_scale * (with_prompt - without)
+def guided_predictor(
+    backbone: Backbone, conditioning: Conditioning, unconditional: Conditioning, guidance_scale: float
+) -> NoisePredictor:
+    """(z_t, t) -> eps_uncond + s (eps_cond - eps_uncond).   conditionings: of B prompts each."""
+    parts = [conditioning] if guidance_scale == 1 else [unconditional, conditioning]
+    told = Conditioning.cat(parts)
+    return lambda noisy, timesteps: guided_noise(backbone, noisy, timesteps, told, guidance_scale)
+
+
+def picture_latents(backbone: Backbone, pictures: Tensor) -> Tensor:
+    """The VAE's latents of pictures (B,3,H,W) in [-1,1], scaled to the backbone's size, (B,4,h,w); with gradients."""
+    side = backbone.resolution_px
+    if pictures.shape[-1] != side:
+        pictures = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False)
+    return backbone.encode_images(pictures)
 
 
 def sds_weights(alphas_cumprod: Tensor, timesteps: Tensor, weighting: Weighting) -> Tensor:
@@ -55,14 +65,14 @@ def sds_weights(alphas_cumprod: Tensor, timesteps: Tensor, weighting: Weighting)
 
 @torch.no_grad()
 def sds_gradient(
-    backbone: Backbone, latents: Tensor, predict: Callable[[Tensor, Tensor], Tensor], *, timesteps: Tensor,
+    backbone: Backbone, latents: Tensor, predict: NoisePredictor, *, timesteps: Tensor,
     noise: Tensor, weighting: Weighting = "sigma2",
 ) -> Tensor:  # fmt: skip
     """w(t) (eps_hat(z_t) - eps), (B,4,h,w): the gradient that SDS puts in the place of the loss's.
 
     Args:
         latents: z, of pictures (the latent form), or pictures themselves for a model of pixels.
-        predict: (z_t, t) -> eps_hat with guidance, such as `guided_noise` with its other arguments bound.
+        predict: (z_t, t) -> eps_hat with guidance, such as `guided_predictor` gives.
         timesteps: (B,).   noise: as latents.
     """
     noisy = backbone.add_noise(latents, noise, timesteps)
@@ -75,3 +85,21 @@ def sds_loss(latents: Tensor, gradient: Tensor) -> Tensor:
     """1/2 |z - sg(z - g)|^2 / B, a sum over all other numbers: its gradient with regard to z is g / B."""
     target = (latents - gradient).detach()
     return 0.5 * (latents - target).square().sum() / len(latents)
+
+
+def distillation_loss(
+    backbone: Backbone, pictures: Tensor, predict: NoisePredictor, times: TimestepRange, generator: torch.Generator, *,
+    weighting: Weighting = "sigma2", progress: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """L_SDS of pictures (B,3,H,W) in [-1,1], whose gradient is w(t) (eps_hat - eps) dz/dtheta; timesteps, then noise.
+
+    Args: progress: of the run, in [0, 1].   generator: on the CPU.
+    """
+    latents = picture_latents(backbone, pictures)
+    steps = backbone.noise_scheduler.config.num_train_timesteps
+    timesteps = times.sample(len(latents), steps, generator, progress).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    gradient = sds_gradient(
+        backbone, latents.detach(), predict, timesteps=timesteps, noise=noise, weighting=weighting
+    )  # fmt: skip
+    return sds_loss(latents, gradient)

@@ -50,7 +50,7 @@ def loop_dtype(backbone: Backbone) -> torch.dtype:
 def guided_noise(
     backbone: Backbone,
     latents: Tensor,
-    timestep: int,
+    timestep: int | Tensor,
     network_conditioning: Conditioning,
     guidance_scale: float,
     guidance: GuidanceRule = classifier_free,
@@ -59,13 +59,14 @@ def guided_noise(
 
     Args:
         latents: noisy latents at `timestep`, (B,4,h,w), variance preserving.
+        timestep: of all, or one each, (B,), for a rule that does not look at it.
         network_conditioning: batch 2B, the B unconditional ones first; batch B when guidance_scale is 1.
     Returns: guided noise prediction, (B,4,h,w), in the latents' dtype.
     """
     network_input = latents.to(backbone.dtype)
+    timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
     if guidance_scale != 1:
-        network_input = torch.cat([network_input, network_input])
-    timesteps = torch.full((len(network_input),), timestep, dtype=torch.int64, device=latents.device)
+        network_input, timesteps = torch.cat([network_input, network_input]), timesteps.repeat(2)
     noise_pred = backbone.predict_noise(network_input, timesteps, network_conditioning).to(latents.dtype)
     if guidance_scale == 1:
         return noise_pred

@@ -5,6 +5,7 @@ unit of length. Normals carry gradients, which nerfstudio's own do not.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ HALF_SIZE = 0.85  # of the default scene box, for objects of height 1
 DENSITY_SCALE = 25.0  # density = DENSITY_SCALE * softplus(raw)
 BLOB_RADIUS, BLOB_DENSITY = 0.4, 5.0  # of a new field: raw = BLOB_DENSITY * (1 - |x| / BLOB_RADIUS), as in Magic3D
 NORMAL_STEP = 0.02  # of central differences where there is no grid
+POINTS_AT_ONCE = 2**17  # where there is no batch to keep within
+FieldKind = Literal["voxels", "triplane", "hash"]
 
 
 def scene_box(center: Sequence[float] = CENTER, half_size: float = HALF_SIZE) -> SceneBox:
@@ -52,8 +55,8 @@ class PointField(Field):
 
     def density_and_albedo(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """(N,3) -> densities (N,), >= 0, and albedos (N,3) in (0,1)."""
-        raw = self.raw_at(self.unit(points))
-        inside = (self.unit(points).abs() <= 1).all(-1)
+        units = self.unit(points)
+        raw, inside = self.raw_at(units), (units.abs() <= 1).all(-1)
         return DENSITY_SCALE * F.softplus(raw[:, 0]) * inside, raw[:, 1:].sigmoid()
 
     def density_at(self, points: Tensor) -> Tensor:
@@ -63,6 +66,15 @@ class PointField(Field):
     def albedo_at(self, points: Tensor) -> Tensor:
         """(N,3) -> (N,3)."""
         return self.density_and_albedo(points)[1]
+
+    @torch.no_grad()
+    def density_grid(self, resolution: int) -> Tensor:
+        """Densities at evenly spaced points of the box, its faces included, (R,R,R) for x, y, z."""
+        low, high = self.aabb
+        axes = [torch.linspace(float(a), float(b), resolution) for a, b in zip(low, high, strict=True)]
+        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3).to(low)
+        density = torch.cat([self.density_at(part) for part in points.split(POINTS_AT_ONCE)])
+        return density.view(resolution, resolution, resolution)
 
     def normals_at(self, points: Tensor) -> Tensor:
         """Unit vectors out of the object, (N,3), by central differences; they carry gradients to the parameters."""
@@ -167,3 +179,12 @@ class HashField(PointField):
     def raw_at(self, points: Tensor) -> Tensor:
         raw = self.network(self.encoding((points + 1) / 2).float())
         return torch.cat([raw[:, :1] + blob(points)[:, None], raw[:, 1:]], -1)
+
+
+def make_field(kind: FieldKind, resolution: int) -> PointField:
+    """A new field: a soft blob in the middle.   resolution: corners a side, finest level of the hash grid."""
+    if kind == "voxels":
+        return VoxelField(resolution)
+    if kind == "triplane":
+        return TriplaneField(resolution)
+    return HashField(max_resolution=resolution)

@@ -5,23 +5,12 @@ from pathlib import Path
 import torch
 import trimesh
 from skimage.measure import marching_cubes
-from torch import Tensor
 
 from common.io import atomic_write_bytes
-from common.three_d.fields import PointField
+from common.three_d.fields import POINTS_AT_ONCE, PointField
 
 SUFFIXES = (".glb", ".obj", ".ply")
 THRESHOLD = 10.0  # density of the surface, per unit of length
-
-
-@torch.no_grad()
-def density_grid(field: PointField, resolution: int) -> tuple[Tensor, Tensor]:
-    """Densities at the corners of a grid over the field's box, (R,R,R) for x, y, z, and the steps of the axes, (3,)."""
-    low, high = field.aabb
-    axes = [torch.linspace(float(a), float(b), resolution) for a, b in zip(low, high, strict=True)]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3).to(low)
-    density = torch.cat([field.density_at(part) for part in points.split(2**17)])
-    return density.view(resolution, resolution, resolution), (high - low) / (resolution - 1)
 
 
 @torch.no_grad()
@@ -31,13 +20,14 @@ def extract_mesh(field: PointField, *, resolution: int = 96, threshold: float = 
     Args: resolution: corners a side of the field's box.   threshold: of the surface.
     Raises: ValueError if the density nowhere, or everywhere, reaches the threshold.
     """
-    density, steps = density_grid(field, resolution)
+    density, (low, high) = field.density_grid(resolution), field.aabb
+    steps = (high - low) / (resolution - 1)
     lowest, highest = density.min().item(), density.max().item()
     if not lowest < threshold < highest:
         raise ValueError(f"there is no surface at density {threshold:g}: the field has {lowest:.3g} to {highest:.3g}")
     vertices, faces, _, _ = marching_cubes(density.cpu().numpy(), threshold, spacing=steps.tolist())
-    corners = torch.from_numpy(vertices.copy()).to(field.aabb) + field.aabb[0]
-    colors = (torch.cat([field.albedo_at(part) for part in corners.split(2**17)]) * 255).round().byte()
+    corners = torch.from_numpy(vertices.copy()).to(low) + low
+    colors = (torch.cat([field.albedo_at(part) for part in corners.split(POINTS_AT_ONCE)]) * 255).round().byte()
     # marching_cubes takes high values as outside
     return trimesh.Trimesh(
         corners.cpu().numpy(), faces[:, ::-1], vertex_colors=colors.cpu().numpy(), process=False, validate=False

@@ -20,17 +20,12 @@ class Occupancy:
     @torch.no_grad()
     def update(self, field: PointField) -> None:
         """Look at the field again, at the middle and the corners of each cell; neighbours of what is full stay open."""
-        side = 2 * len(self.cells) + 1
-        axis = torch.linspace(-1, 1, side, device=field.aabb.device)
-        z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-        low, high = field.aabb
-        points = (torch.stack([x, y, z], -1).view(-1, 3) + 1) / 2 * (high - low) + low
-        density = torch.cat([field.density_at(part) for part in points.split(2**17)]).view(1, 1, side, side, side)
-        cells = F.max_pool3d(density, 3, stride=2)
+        density = field.density_grid(2 * len(self.cells) + 1)
+        cells = F.max_pool3d(density[None, None], 3, stride=2)
         self.cells = F.max_pool3d(cells, 3, stride=1, padding=1)[0, 0] > self.threshold
 
     def __call__(self, unit_points: Tensor) -> Tensor:
         """Points in [-1,1], (N,3) -> flags (N,); outside of the box nothing is."""
         side = len(self.cells)
         x, y, z = ((unit_points + 1) / 2 * side).long().clamp(0, side - 1).unbind(-1)
-        return self.cells[z, y, x] & (unit_points.abs() <= 1).all(-1)
+        return self.cells[x, y, z] & (unit_points.abs() <= 1).all(-1)

@@ -7,6 +7,7 @@ errors are weighted as those of v, (SNR + 1) / SNR (Salimans & Ho, arXiv 2202.00
 most 5.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common.backbones import load_backbone
 from common.backbones.inflate import inflate, temporal_modules
 from common.sampling.images import image_grid
 from common.sampling.sampler import sample_latents
-from common.toyworld.clip_shards import load_clip_shards
+from common.toyworld.clip_shards import ALL_MOTIONS, load_clip_shards
 from common.toyworld.pretrain.data import PromptTable, cached_latents, caption_rows, encode_texts
 from common.toyworld.pretrain.loop import LoopConfig, Recipe, train
 from common.training.losses import min_snr_weights, signal_to_noise
@@ -51,6 +52,8 @@ class VideoConfig(LoopConfig):
     validate_minutes: float = 15.0
     backbone: str = "tiny-sd"  # the image backbone that is inflated
     paraphrases: int = 2  # captions a clip, of those in the shards
+    hard_motions: tuple[str, ...] = ("spinning", "shrinking", "zooming in", "orbiting camera")
+    """Drawn three times as often as the others: they move few pixels, and are learned last."""
     guidance_scale: float = 5.0  # of the sample grid; s of uncond + s * (cond - uncond)
 
 
@@ -58,6 +61,18 @@ def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """What the recipe trains: temporal layers and cross-attention."""
     prefixes = tuple(f"{name}." for name in temporal_modules(unet))
     return {name: p for name, p in unet.named_parameters() if name.startswith(prefixes) or ".attn2." in name}
+
+
+def drawn_examples(motions: Tensor, hard_motions: Sequence[str]) -> Tensor:
+    """Indices of clips, those of hard motions three times; motions (N,) in ALL_MOTIONS.
+
+    Raises: ValueError for an unknown motion.
+    """
+    unknown = sorted(set(hard_motions) - set(ALL_MOTIONS))
+    if unknown:
+        raise ValueError(f"no such motions: {', '.join(unknown)}; there are {', '.join(ALL_MOTIONS)}")
+    hard = torch.isin(motions, torch.tensor([ALL_MOTIONS.index(name) for name in hard_motions], dtype=torch.int64))
+    return torch.arange(len(motions)).repeat_interleave(torch.where(hard, 3, 1))
 
 
 def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
@@ -90,8 +105,9 @@ def train_video(config: VideoConfig) -> None:
     latents = cached_latents(backbone.vae, pictures, cache / "latents.safetensors")
     latents = latents.unflatten(0, (-1, num_frames)).permute(0, 2, 1, 3, 4)  # (N,4,F,16,16)
     captions = [texts[: config.paraphrases] for texts in data.captions]
-    del data, pictures
     validation = min(NUM_VALIDATION, len(latents) // 10)
+    drawn = drawn_examples(data.motions[:-validation], config.hard_motions)
+    del data, pictures
     texts = [text for row in captions[:-validation] for text in row]
     prompts = PromptTable(backbone.tokenizer, backbone.text_encoder, texts, cache / "prompt_embeds.npy")
     rows = caption_rows(captions[:-validation], prompts.rows)
@@ -105,7 +121,7 @@ def train_video(config: VideoConfig) -> None:
         return (unet(noisy, timesteps, embeds).sample.float() - noise).square().mean((1, 2, 3, 4))
 
     def loss(indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = len(indices)
+        indices, batch = drawn[indices], len(indices)
         chosen = rows[indices, torch.randint(rows.shape[1], (batch,), generator=generator)]
         chosen = torch.where(torch.rand(batch, generator=generator) < CAPTION_DROPOUT, 0, chosen)  # row 0 is ""
         timesteps = late_timesteps(torch.rand(batch, generator=generator), scheduler.config.num_train_timesteps)
@@ -133,4 +149,4 @@ def train_video(config: VideoConfig) -> None:
 
     video = load_backbone(config.backbone, device=device).freeze()
     video.unet = unet
-    train(Recipe("video", unet, len(rows), loss, validate, sample_grid), config)
+    train(Recipe("video", unet, len(drawn), loss, validate, sample_grid), config)

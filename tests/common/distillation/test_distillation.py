@@ -11,14 +11,15 @@ from common.backbones import Backbone, load_backbone
 from common.distillation import (
     TimestepRange,
     ViewPrompts,
-    guided_noise,
+    guided_predictor,
     perp_neg_guidance,
     sds_gradient,
     sds_loss,
     view_of,
 )
-from common.distillation.perp_neg import perpendicular, view_negatives
+from common.distillation.perp_neg import perpendicular
 from common.distillation.sds import sds_weights
+from common.distillation.view_prompts import view_negatives
 
 
 def randn(*shape, seed=0):
@@ -78,6 +79,20 @@ def test_the_loss_has_just_that_gradient():
     assert sds_loss(latents, gradient).item() == pytest.approx(0.5 * gradient.square().sum().item() / 3)
 
 
+def test_the_latent_form_goes_through_the_encoder():
+    """The pictures' gradient is the encoder's Jacobian, transposed, times g / B; by finite differences along v."""
+    backbone = load_backbone("tiny-sd").freeze()
+    pictures = (0.5 * randn(2, 3, 64, 64).tanh()).requires_grad_()
+    latents = backbone.encode_images(pictures)
+    gradient, direction, step = randn(*latents.shape, seed=1), randn(2, 3, 64, 64, seed=2), 1e-2
+    sds_loss(latents, gradient).backward()
+    with torch.no_grad():
+        ahead, behind = (backbone.encode_images(pictures + sign * step * direction) for sign in (1, -1))
+    along = ((ahead - behind) / (2 * step) * gradient / 2).sum().item()
+    assert (pictures.grad * direction).sum().item() == pytest.approx(along, rel=0.02)
+    assert all(parameter.grad is None for parameter in backbone.vae.parameters())
+
+
 def test_weights_and_timesteps():
     levels, timesteps = torch.linspace(0.99, 0.01, 1000), torch.tensor([0, 500])
     torch.testing.assert_close(sds_weights(levels, timesteps, "sigma2").flatten(), 1 - levels[timesteps])
@@ -96,7 +111,7 @@ def test_guidance_convention():
     backbone = load_backbone("tiny-sd").freeze()
     told, empty = backbone.encode_prompt("a red car"), backbone.encode_prompt("")
     noisy, timesteps = randn(1, *backbone.latent_shape), torch.tensor([300])
-    found = {s: guided_noise(backbone, noisy, timesteps, told, empty, s) for s in (0.0, 1.0, 7.5)}
+    found = {s: guided_predictor(backbone, told, empty, s)(noisy, timesteps) for s in (0.0, 1.0, 7.5)}
     own = [backbone.predict_noise(noisy, timesteps, c) for c in (empty, told)]
     torch.testing.assert_close(found[0.0], own[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(found[1.0], own[1], rtol=0, atol=1e-4)

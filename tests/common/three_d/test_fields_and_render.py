@@ -6,16 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nerfstudio.field_components.field_heads import FieldHeadNames
+from nerfstudio.model_components import losses as nerfstudio_losses
 from nerfstudio.model_components.renderers import AccumulationRenderer, DepthRenderer, RGBRenderer
 
 from common.three_d.background import LearnedBackground, SolidBackground
 from common.three_d.cameras import CENTER, from_toyworld, orbit_cameras
 from common.three_d.fields import HashField, TriplaneField, VoxelField
-from common.three_d.losses import opacity_loss, orientation_loss
+from common.three_d.losses import distortion_loss, opacity_loss, orientation_loss
 from common.three_d.occupancy import Occupancy
 from common.three_d.render import render
 from common.three_d.shading import Light, sample_light_positions, sample_shading_mode, shade
 from common.toyworld.benchmark import objects_3d
+from common.training.seeding import seeded_generator
 
 
 def randn(*shape, seed=0):
@@ -174,6 +176,17 @@ def test_regularisers(ball):
     torch.testing.assert_close(opacity_loss(made), expected)
     with pytest.raises(ValueError, match="with_normals"):
         orientation_loss(made)
+
+
+def test_distortion_is_nerfstudios():
+    field = VoxelField(16)
+    camera = orbit_cameras([20.0], 10.0, 3.0, resolution=16)
+    made = render(field, camera, background=SolidBackground(), num_samples=24, generator=seeded_generator(0, "jitter"))
+    found, expected = distortion_loss(made), nerfstudio_losses.distortion_loss([made.weights], [made.samples])
+    torch.testing.assert_close(found, expected)
+    assert found > 0
+    slopes = [torch.autograd.grad(loss, field.grid, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3 * slopes[1].abs().max().item())
 
 
 def test_a_toy_object_is_fitted_from_its_pictures():

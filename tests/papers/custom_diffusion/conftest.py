@@ -3,22 +3,12 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.backbones import PRESETS, Backbone, load_backbone
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +52,3 @@ def backbone_folder(tmp_path_factory) -> str:
 def backbone(backbone_folder) -> Backbone:
     """Fresh for every test."""
     return load_backbone(backbone_folder)
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """Three pictures of two sizes."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i, size in enumerate([(64, 64, 3), (80, 100, 3), (64, 64, 3)]):
-        pixels = np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder

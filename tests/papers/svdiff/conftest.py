@@ -13,14 +13,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from common.backbones import PRESETS, Backbone, load_backbone
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> str:
     """As a diffusers folder, for train.main and load_method."""
