@@ -10,7 +10,7 @@ from common.backbones import load_backbone
 from common.backbones.inflate import inflate
 from common.backbones.presets import VIDEO_EXTENSIONS, VideoExtension
 from common.io import load_safetensors
-from common.toyworld.clip_shards import render_clips, write_clip_shard
+from common.toyworld.clip_shards import ALL_MOTIONS, render_clips, write_clip_shard
 from common.toyworld.pretrain import measure_video as measuring
 from common.toyworld.pretrain import video as recipe
 from common.toyworld.pretrain.motion_judge import to_clips
@@ -21,6 +21,14 @@ def test_timesteps_grow_denser_with_t():
     drawn = recipe.late_timesteps(uniform, 1000)
     assert drawn.min() >= 0 and drawn.max() <= 999
     assert (drawn < 500).double().mean().item() == pytest.approx(0.25, abs=1e-3)  # the square root of u is below 1/2
+
+
+def test_hard_motions_are_drawn_three_times():
+    motions = torch.tensor([ALL_MOTIONS.index(name) for name in ("spinning", "still", "shrinking")])
+    assert recipe.drawn_examples(motions, ("spinning",)).tolist() == [0, 0, 0, 1, 2]
+    assert recipe.drawn_examples(motions, ()).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="no such motions: flying"):
+        recipe.drawn_examples(motions, ("flying",))
 
 
 def test_temporal_layers_and_cross_attention_learn():

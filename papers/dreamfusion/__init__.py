@@ -1,0 +1,1 @@
+"""DreamFusion: see README.md."""
