@@ -32,7 +32,7 @@ from papers.dreambooth.config import DreamBoothConfig
 from papers.textual_inversion import method as textual_inversion
 from papers.textual_inversion import train as textual_inversion_train
 from papers.textual_inversion.config import TextualInversionConfig
-from tests.benchmarks import video_speed
+from tests.benchmarks import three_d_speed, video_speed
 from tests.benchmarks.reference_loop import train_plainly
 
 WARM_UP = 3  # first steps of a loop that are not counted
@@ -185,6 +185,14 @@ class Bench:
         """One clip of 8 frames on tiny-video, 30 DDIM steps, with guidance."""
         return video_speed.clip_sampling(self.steps(30))
 
+    def rendering(self) -> dict:
+        """A voxel field's rendering, forward and backward, against nerfstudio's torch hash grid."""
+        return three_d_speed.rendering(2 if self.options.quick else 10)
+
+    def distillation_step(self) -> dict:
+        """One step of DreamFusion on tiny-sd."""
+        return three_d_speed.distillation_step(self.options.backbone, self.steps(40))
+
     def _peer(self, prompts: tuple[str, str]) -> float:
         """Seconds per step of the script at `--peer`."""
         source = PRESETS["tiny-sd"].weights if self.options.backbone == "tiny-sd" else self.options.backbone
@@ -211,6 +219,8 @@ MEASUREMENTS: dict[str, Callable[[Bench], dict]] = {
     "textual_inversion": Bench.textual_inversion,
     "clip_loading": Bench.clip_loading,
     "clip_sampling": Bench.clip_sampling,
+    "rendering": Bench.rendering,
+    "distillation_step": Bench.distillation_step,
 }
 
 

@@ -76,8 +76,8 @@ def drawn_examples(motions: Tensor, hard_motions: Sequence[str]) -> Tensor:
 
 
 def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
-    """Timesteps with a density that grows with t, from uniform numbers in [0, 1)."""
-    return (uniform.sqrt() * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    """Timesteps with a density that grows as the square root of t, from uniform numbers in [0, 1)."""
+    return (uniform ** (2 / 3) * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
 def late_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:

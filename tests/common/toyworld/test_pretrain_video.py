@@ -20,7 +20,7 @@ def test_timesteps_grow_denser_with_t():
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     drawn = recipe.late_timesteps(uniform, 1000)
     assert drawn.min() >= 0 and drawn.max() <= 999
-    assert (drawn < 500).double().mean().item() == pytest.approx(0.25, abs=1e-3)  # the square root of u is below 1/2
+    assert (drawn < 500).double().mean().item() == pytest.approx(0.5**1.5, abs=1e-3)  # u^(2/3) is below 1/2
 
 
 def test_hard_motions_are_drawn_three_times():

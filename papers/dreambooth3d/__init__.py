@@ -1,0 +1,1 @@
+"""DreamBooth3D: see README.md."""
