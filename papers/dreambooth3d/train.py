@@ -45,7 +45,7 @@ class TrainOptions:
 
 def read_photos(images: Path, masks: Path | None, resolution_px: int) -> Tensor:
     """Photos (K,3,H,W) in [-1,1], white outside of their masks."""
-    items = [item for item in ImageFolder(images, masks=masks, resolution_px=resolution_px)]
+    items = list(ImageFolder(images, masks=masks, resolution_px=resolution_px))
     photos = torch.stack([item["pixel_values"] for item in items])
     if masks is None:
         return photos

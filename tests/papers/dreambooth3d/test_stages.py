@@ -87,6 +87,25 @@ def test_finished_stages_are_read(paper, make_method, monkeypatch):
     assert torch.equal(first.field.grid, again.field.grid)
 
 
+def test_a_stopped_stage_goes_on(paper, make_method, monkeypatch, tmp_path):
+    """The final field in 18 steps at once, and with a stop after 16: the same bits."""
+
+    def training_loss(field, batch, whole=paper.subject_field.SubjectField.training_loss):
+        if field.views is not None and batch["step"] == 16:
+            raise MemoryError
+        return whole(field, batch)
+
+    method = make_method(final_steps=18, folder=tmp_path / "stopped")
+    method.options = {"checkpoint_every": 16}
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(paper.subject_field.SubjectField, "training_loss", training_loss)
+        method.run()
+    assert not (method.folder / "final_field" / "field.safetensors").exists()
+    whole = make_method(final_steps=18, folder=tmp_path / "whole")
+    whole.options = {"checkpoint_every": 16}
+    assert torch.equal(method.run().field.grid, whole.run().field.grid)
+
+
 def test_prior_loss_uses_samples_of_the_untuned_model(make_method, config):
     tuning = replace(config.tuning, prior_loss_weight=1.0, num_class_images=2)
     method = make_method(tuning=tuning)
