@@ -107,7 +107,7 @@ def _build_parser() -> Parser:
     ):
         sub = commands.add_parser(command, help=text, usage=f"pcs {command} SLUG [options of the paper]")
         sub.add_argument("slug", metavar="SLUG", help=f"its options: pcs {command} SLUG --help")
-    _add_generate_options(commands.add_parser("generate", help="make images with a trained artifact"))
+    _add_generate_options(commands.add_parser("generate", help="make images or clips with a trained artifact"))
     commands.add_parser("evaluate", help="run a benchmark on a trained method", add_help=False)
     commands.add_parser("report", help="write the HTML report of an evaluation", add_help=False)
     new = commands.add_parser("new", help="start a new method from a copy of a paper's folder")
@@ -121,8 +121,10 @@ def _build_parser() -> Parser:
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", required=True, metavar="PATH", help="a .safetensors file or a trained folder")
     parser.add_argument("--prompt", required=True, help="text, with the placeholder that was trained")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one image for each seed (default: 0)")
-    parser.add_argument("--output", default="generated.png", metavar="PNG", help="(default: generated.png)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one image or clip for each seed (default: 0)")
+    parser.add_argument(
+        "--output", default="generated.png", metavar="FILE", help="PNG; MP4 or GIF for clips (default: generated.png)"
+    )
     parser.add_argument("--backbone", metavar="NAME", help="name or folder (default: the one it was trained on)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the method's)")
     parser.add_argument("--guidance-scale", type=float, metavar="S", help="1 = off (default: the method's)")

@@ -1,4 +1,4 @@
-"""`pcs generate`: images from a trained artifact. The artifact says which paper made it; that paper's code loads it."""
+"""`pcs generate`: images or clips from a trained artifact, which says whose code loads it."""
 
 import argparse
 import importlib
@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 from common import papers_index
+
+PICTURES, CLIPS = (".png",), (".mp4", ".gif")
+FPS = 8.0  # of clips
 
 
 def artifact_slug(path: Path) -> str:
@@ -35,27 +38,37 @@ def artifact_slug(path: Path) -> str:
 
 def output_paths(output: Path, seeds: list[int]) -> list[Path]:
     """One file per seed: the output itself for a single seed, else out-0.png, out-1.png, ... beside it."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output must end in .png, got {output}")
+    if output.suffix.lower() not in PICTURES + CLIPS:
+        raise ValueError(f"--output must end in .png, or in .mp4 or .gif for clips, got {output}")
     return [output] if len(seeds) == 1 else [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Make one image per seed and write each as a PNG that says how it was made."""
+    """Make one image or clip per seed; each PNG says how it was made."""
     artifact = Path(args.artifact)
     slug = papers_index.find_paper(artifact_slug(artifact), papers_index.PAPERS).name
     paths = output_paths(Path(args.output), args.seed)
 
     import torch
 
+    from common.backbones.video import VideoBackbone
+    from common.sampling.clips import save_gif, save_mp4
     from common.sampling.images import save_png, to_pil
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     given = {name: value for name, value in settings.items() if value is not None}
     method = importlib.import_module(f"papers.{slug}.method").load_method(artifact, args.backbone, device)
-    images = to_pil(method.generate(args.prompt, seeds=args.seed, **given))
-    for image, seed, path in zip(images, args.seed, paths, strict=True):
-        save_png(image, path, {"prompt": args.prompt, "seed": seed, "slug": slug, "artifact": artifact.name, **given})
+    makes_clips = isinstance(method.backbone, VideoBackbone)
+    if (paths[0].suffix.lower() in CLIPS) != makes_clips:
+        what, endings = ("clips", CLIPS) if makes_clips else ("pictures", PICTURES)
+        raise ValueError(f"{slug} makes {what}: --output must end in {' or '.join(endings)}, got {args.output}")
+    made = method.generate(args.prompt, seeds=args.seed, **given)
+    for one, seed, path in zip(made, args.seed, paths, strict=True):
+        if makes_clips:
+            (save_gif if path.suffix.lower() == ".gif" else save_mp4)(one, path, FPS)
+        else:
+            header = {"prompt": args.prompt, "seed": seed, "slug": slug, "artifact": artifact.name, **given}
+            save_png(to_pil(one[None])[0], path, header)
         print(path)
     return 0

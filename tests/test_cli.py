@@ -208,7 +208,7 @@ def test_artifact_slug_is_read_from_files_and_folders(tmp_path):
 def test_one_output_per_seed():
     assert cli_generate.output_paths(Path("a/b.png"), [7]) == [Path("a/b.png")]
     assert cli_generate.output_paths(Path("a/b.png"), [0, 7]) == [Path("a/b-0.png"), Path("a/b-7.png")]
-    with pytest.raises(ValueError, match="must end in .png, got b.jpg"):
+    with pytest.raises(ValueError, match="must end in .png, or in .mp4 or .gif for clips, got b.jpg"):
         cli_generate.output_paths(Path("b.jpg"), [0])
 
 

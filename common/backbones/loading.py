@@ -63,9 +63,8 @@ def load_backbone(
         raise ValueError(f'weights must be "pretrained", "random" or "meta", got {weights!r}')
     device = "meta" if weights == "meta" else device
     if str(name) in VIDEO_EXTENSIONS:
-        extension = VIDEO_EXTENSIONS[str(name)]
-        base = load_backbone(extension.base, weights=weights, seed=seed)
-        return _extended(str(name), base, extension, weights, seed).to(device, dtype).eval()
+        extended = extended_backbone(str(name), VIDEO_EXTENSIONS[str(name)], weights, seed)
+        return extended.to(device, dtype).eval()
     source = _source(str(name), pretrained=weights == "pretrained")
     with _explained(name, source):
         pipeline = _pipeline_class(source)
@@ -85,22 +84,16 @@ def load_backbone(
     return Backbone(name=str(name), **parts).to(device, dtype).eval()
 
 
-def _extended(name: str, base: Backbone, extension: VideoExtension, weights: str, seed: int) -> VideoBackbone:
-    """The image backbone with layers across frames."""
+def extended_backbone(
+    name: str, extension: VideoExtension, weights: str = "pretrained", seed: int = 0
+) -> VideoBackbone:
+    """An image backbone with layers across frames; arguments and errors as for `load_backbone`."""
+    base = load_backbone(extension.base, weights=weights, seed=seed)
     if extension.inflated is not None:
         with torch.device(base.device):
             unet = inflate(base.unet, seed=seed)
         if weights == "pretrained":
-            files = sorted(extension.inflated.glob("*.safetensors"))
-            if not files:
-                raise FileNotFoundError(
-                    f"{name} has no trained weights at {extension.inflated}: make them with "
-                    '`python -m common.toyworld.pretrain video`, or use weights="random"'
-                )
-            trained = {name: tensor for path in files for name, tensor in load_safetensors(path)[0].items()}
-            unknown = unet.load_state_dict(trained, strict=False).unexpected_keys
-            if unknown:
-                raise ValueError(f"{extension.inflated} has weights that {name} has no place for: {unknown[:3]}")
+            load_trained_layers(unet, extension.inflated)
     else:
         with _explained(name, extension.motion_adapter), torch.random.fork_rng(devices=[]), torch.device(base.device):
             torch.manual_seed(seed)
@@ -111,6 +104,23 @@ def _extended(name: str, base: Backbone, extension: VideoExtension, weights: str
         name=name, unet=unet, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
         noise_scheduler=base.noise_scheduler, num_frames=extension.num_frames,
     )  # fmt: skip
+
+
+def load_trained_layers(unet: UNet3DConditionModel, folder: Path) -> None:
+    """Put the layers of a folder of safetensors into an inflated network.
+
+    Raises: FileNotFoundError if there are none, ValueError if they have no place in it.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"there are no trained weights at {folder}: make them with `python -m common.toyworld.pretrain video`, or "
+            'use weights="random"'
+        )
+    trained = {name: tensor for path in files for name, tensor in load_safetensors(path)[0].items()}
+    unknown = unet.load_state_dict(trained, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{folder} has weights that this network has no place for: {unknown[:3]}")
 
 
 def _source(name: str, *, pretrained: bool) -> str:

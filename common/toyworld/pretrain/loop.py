@@ -27,6 +27,8 @@ from common.training.optimize import TrainingDiverged, default_device
 from common.training.run_folder import open_run_folder
 from common.training.seeding import seeded_generator
 
+STATE = "optimizer."  # before the names of the optimiser's tensors in a checkpoint
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -38,6 +40,7 @@ class LoopConfig:
     steps: int | None = None  # optimiser steps of the whole run; whichever of the two ends first
     batch_schedule: str = "0:32"  # from:batch size, from in steps or minutes; e.g. "0:16,20000:32" or "0m:16,90m:32"
     learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of matrices, at AdamW's root mean square; AdamW of the rest
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # constant: held, then linearly to zero in the last fifth
     lr_warmup_steps: int = 200
     weight_decay: float = 0.0
@@ -96,9 +99,7 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
         torch.set_num_threads(config.threads)
     model = recipe.model.to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizers = make_optimizers(parameters, config)
     ema = make_ema(parameters.values(), config.ema_decay)
     progress, schedule = Progress(), parse_batch_schedule(config.batch_schedule)
     size = sum(p.numel() for p in parameters.values())
@@ -110,7 +111,7 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
     ):
         checkpoint = config.output / "checkpoint.safetensors"
         if config.resume and checkpoint.exists():
-            progress = load_checkpoint(checkpoint, parameters, optimizer, ema)
+            progress = load_checkpoint(checkpoint, parameters, optimizers, ema)
             print(f"resumed after step {progress.step}, {progress.seconds / 60:.1f} minutes")
         log = RunLog(config.output, first_step=progress.step, total_steps=config.steps)
         saved_at = validated_at = logged_at = progress.seconds
@@ -123,8 +124,8 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
                 indices = torch.tensor([dataset_index(key, recipe.num_examples, seed=config.seed) for key in keys])
                 generator = seeded_generator(config.seed, recipe.name, progress.step)
                 rate = config.learning_rate * lr_factor(config, progress)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                for optimizer in optimizers:
+                    optimizer.param_groups[0]["lr"] = rate
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = recipe.loss(indices, generator)
                 losses["loss"].backward()
@@ -135,8 +136,9 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
                         f"step {progress.step}: loss {loss}, gradient norm {norm.item()}; the last good state is "
                         f"{checkpoint}; resume it with a lower --learning-rate"
                     )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 ema.step(parameters.values())
                 progress.step += 1
                 progress.samples += batch_size
@@ -151,7 +153,7 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
                     print(status_line(recipe.name, progress, config, values), flush=True)
                 ended = progress.fraction(config) >= 1 or stop.signal_number != 0
                 if progress.seconds - saved_at > 60 * config.checkpoint_minutes or ended:
-                    save_checkpoint(checkpoint, progress, parameters, optimizer, ema)
+                    save_checkpoint(checkpoint, progress, parameters, optimizers, ema)
                     saved_at = progress.seconds
                 if stop.signal_number:
                     raise RunInterrupted(128 + stop.signal_number)
@@ -161,6 +163,19 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
                     validated_at = progress.seconds
     ema.copy_to(parameters.values())
     model.eval()
+
+
+def make_optimizers(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[Optimizer]:
+    """AdamW; or Muon (Jordan et al. 2024) for the matrices among the parameters, and AdamW for the others."""
+    matrices = [p for p in parameters.values() if config.optimizer == "muon" and p.ndim == 2]
+    others = [p for p in parameters.values() if config.optimizer == "adamw" or p.ndim != 2]
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, **settings, betas=(0.9, 0.99), fused=True))
+    return optimizers
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -222,32 +237,44 @@ def status_line(name: str, progress: Progress, config: LoopConfig, values: dict[
 
 
 def save_checkpoint(
-    path: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer: Optimizer, ema: EMAModel
+    path: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizers: list[Optimizer], ema: EMAModel
 ) -> None:
     """Write the whole state of a run to one file, atomically."""
-    tensors = {}
+    tensors, state = {}, {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
     for (name, parameter), average in zip(parameters.items(), ema.shadow_params, strict=True):
         tensors |= {f"model.{name}": parameter.detach(), f"ema.{name}": average}
-        tensors |= {f"{key}.{name}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        tensors |= {f"{STATE}{key}.{name}": value for key, value in state[parameter].items()}
     atomic_save_safetensors(tensors, path, {"progress": json.dumps(vars(progress))})
 
 
-def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer, ema: EMAModel) -> Progress:
+def load_checkpoint(
+    path: Path, parameters: dict[str, nn.Parameter], optimizers: list[Optimizer], ema: EMAModel
+) -> Progress:
     """Restore what save_checkpoint wrote."""
     tensors, header = load_safetensors(path)
     missing = {f"model.{name}" for name in parameters} ^ {key for key in tensors if key.startswith("model.")}
     if missing:
         raise ValueError(f"{path} is of another architecture ({sorted(missing)[:3]} differ); start in another folder")
-    progress = Progress(**json.loads(header["progress"]))
+    state: dict[str, dict[str, Tensor]] = {}
+    for key in (key for key in tensors if key.startswith(STATE)):
+        what, _, name = key.removeprefix(STATE).partition(".")
+        state.setdefault(name, {})[what] = tensors[key].to(parameters[name].device)
+    owner = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
     with torch.no_grad():
         for (name, parameter), average in zip(parameters.items(), ema.shadow_params, strict=True):
+            own = "momentum_buffer" if isinstance(owner[parameter], torch.optim.Muon) else "exp_avg"
+            if own not in state[name]:
+                raise ValueError(f"{path} was made by another --optimizer; resume with that one")
             parameter.copy_(tensors[f"model.{name}"])
             average.copy_(tensors[f"ema.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-    ema.optimization_step = progress.step
-    return progress
+            owner[parameter].state[parameter] = state[name]
+    ema.optimization_step = progress_of(header).step
+    return progress_of(header)
+
+
+def progress_of(header: dict[str, str]) -> Progress:
+    """How far a checkpoint's run had come."""
+    return Progress(**json.loads(header["progress"]))
 
 
 def load_average(model: nn.Module, run: Path) -> nn.Module:

@@ -1,7 +1,7 @@
 """Export tiny-video from a run, and measure it: clips of held-out prompts, read by the judge of clips."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 
-from common.backbones import load_backbone
+from common.backbones.loading import extended_backbone
 from common.backbones.presets import VIDEO_EXTENSIONS
 from common.evaluation.motion import neighbour_consistency
 from common.io import atomic_save_safetensors, atomic_write_text, load_safetensors
@@ -71,7 +71,8 @@ def measure_video(config: MeasureVideoConfig) -> dict:
     device = default_device()
     judge, pictures = MotionJudge.load(device=device), Judge.load(device=device)
     renders = render_clips(list(range(config.first_seed, config.first_seed + config.num_clips)))
-    backbone = load_backbone("tiny-video", device=device).freeze()
+    extension = replace(VIDEO_EXTENSIONS["tiny-video"], inflated=config.weights)
+    backbone = extended_backbone("tiny-video", extension).to(device).eval().freeze()
     prompts = [captions[0] for captions in renders.captions]
     made = torch.cat(
         [

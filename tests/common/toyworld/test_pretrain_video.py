@@ -72,9 +72,16 @@ def test_perfect_clips_measure_as_well_as_renders(run, tmp_path, monkeypatch):
     measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path))
     config = measuring.MeasureVideoConfig(weights=tmp_path, num_clips=20, first_seed=700_000, grid=tmp_path / "g.png")
     truth = to_clips(render_clips(list(range(700_000, 700_020))).frames)
-    monkeypatch.setattr(measuring, "load_backbone", lambda name, device: load_backbone("tiny-sd"))
-    monkeypatch.setattr(measuring, "sample_clips", lambda backbone, prompt, seeds, **_: truth[seeds])
+    average, used = load_safetensors(run / "checkpoint.safetensors")[0], set()
+
+    def perfect(backbone, prompt, seeds, **_):
+        used.add(torch.equal(backbone.unet.transformer_in.proj_in.weight, weights_of_the_run))
+        return truth[seeds]
+
+    weights_of_the_run = average["ema.transformer_in.proj_in.weight"].half().float()
+    monkeypatch.setattr(measuring, "sample_clips", perfect)
     result = measuring.measure_video(config)
+    assert used == {True}  # the weights of the folder that was named
     assert result["generated"] == pytest.approx(result["renders"]) and result["generated"]["motion"] > 0.85
     assert sum(row["clips"] for row in result["motions"].values()) == 20
     card = (tmp_path / "README.md").read_text()

@@ -121,7 +121,9 @@ def test_two_processes_finish_what_one_began_and_refuse_together(tmp_path, proce
 def test_a_second_process_cannot_use_the_folder_and_a_dead_one_does_not_keep_it(tmp_path, processes):
     process = processes.Process(target=linear_run.run, args=(tmp_path / "run", {"train_steps": 10_000}))
     process.start()
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run/log.jsonl").exists():
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
     with pytest.raises(RunFolderError, match=f"{tmp_path / 'run'} is in use.*pid {process.pid} "):
         open_run_folder(tmp_path / "run", resume=True, config={})
