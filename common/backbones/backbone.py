@@ -193,9 +193,7 @@ class Backbone:
                 f"{len(latents)} latents but a conditioning of batch {conditioning.batch_size}; see Conditioning.repeat"
             )
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
-        context, options = conditioning.prompt_embeds, {}
-        if conditioning.image_tokens is not None:
-            context = (context, list(conditioning.image_tokens))
+        context, options = self._context(conditioning, latents), {}
         if conditioning.pooled_prompt_embeds is not None:
             options["added_cond_kwargs"] = {
                 "text_embeds": conditioning.pooled_prompt_embeds,
@@ -207,6 +205,12 @@ class Backbone:
         plain = conditioning.is_plain
         with nullcontext() if plain else conditioned(self.unet, conditioning, timesteps):
             return self.unet(latents, timesteps, encoder_hidden_states=context, **options).sample
+
+    def _context(self, conditioning: Conditioning, latents: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """What the UNet takes as encoder_hidden_states."""
+        if conditioning.image_tokens is None:
+            return conditioning.prompt_embeds
+        return conditioning.prompt_embeds, list(conditioning.image_tokens)
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor | int, conditioning: Conditioning) -> Tensor:
         """The predicted noise epsilon, (B,4,h,w), also for a v-prediction backbone; arguments as in `predict`."""

@@ -64,6 +64,14 @@ class VideoBackbone(Backbone):
         with nullcontext() if temporal else without_temporal_layers(self.unet):
             return super().predict(latents, timesteps, conditioning)
 
+    def _context(self, conditioning: Conditioning, latents: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        context = super()._context(conditioning, latents)
+        if not isinstance(self.unet, UNetMotionModel):
+            return context
+        if not conditioning.is_plain:
+            raise ValueError(f"{self.name} takes plain prompts only: its network wants one context for each frame")
+        return context.repeat_interleave(latents.shape[2], dim=0)
+
     def to_pipeline(self) -> TextToVideoSDPipeline | AnimateDiffPipeline:
         """A diffusers pipeline of the same objects, with a DDIM scheduler."""
         scheduler = DDIMScheduler.from_config(self.noise_scheduler.config, set_alpha_to_one=False)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import MotionAdapter, UNetMotionModel
 
 from common.backbones import load_backbone
 from common.backbones.inflate import temporal_modules
@@ -74,19 +75,38 @@ def test_a_stock_pipeline_makes_the_same_latents(backbone):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_an_animatediff_network_leaves_its_motion_modules_out_for_single_frames():
-    from diffusers import MotionAdapter, UNetMotionModel
-
+@pytest.fixture(scope="module")
+def animatediff():
+    """An image network with motion modules that do something."""
     image = load_backbone("tiny-sd", weights="random")
     adapter = MotionAdapter(
         block_out_channels=tuple(image.unet.config.block_out_channels), motion_num_attention_heads=4,
         motion_max_seq_length=8, motion_norm_num_groups=32,
     )  # fmt: skip
     unet = UNetMotionModel.from_unet2d(image.unet, adapter).eval()
-    backbone = VideoBackbone("small", unet, image.vae, image.text_encoder, image.tokenizer, image.noise_scheduler)
+    return VideoBackbone("small", unet, image.vae, image.text_encoder, image.tokenizer, image.noise_scheduler)
+
+
+@torch.no_grad()
+def test_an_animatediff_network_leaves_its_motion_modules_out_for_single_frames(animatediff):
+    image = load_backbone("tiny-sd", weights="random")
     frame = torch.randn(1, 4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        told = backbone.encode_prompt("a photo of a cat")
-        plain = backbone.predict(frame, 500, told, temporal=False)
-        torch.testing.assert_close(plain[:, :, 0], image.predict(frame[:, :, 0], 500, told), rtol=1e-4, atol=1e-4)
-        assert not torch.equal(backbone.predict(frame, 500, told), plain)
+    told = animatediff.encode_prompt("a photo of a cat")
+    plain = animatediff.predict(frame, 500, told, temporal=False)
+    torch.testing.assert_close(plain[:, :, 0], image.predict(frame[:, :, 0], 500, told), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(animatediff.predict(frame, 500, told), plain)
+
+
+@torch.no_grad()
+def test_all_frames_of_an_animatediff_clip_are_told_its_own_prompt(animatediff):
+    """Its network takes a context for each frame; without motion modules each is what the image network makes of it."""
+    image = load_backbone("tiny-sd", weights="random")
+    clips = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    told = animatediff.encode_prompt(["a photo of a cat", "a red car"])
+    plain = animatediff.predict(clips, 500, told, temporal=False)
+    for b in range(2):
+        own = image.encode_prompt(["a photo of a cat", "a red car"][b]).repeat(3)
+        expected = image.predict(clips[b].transpose(0, 1), 500, own).transpose(0, 1)
+        torch.testing.assert_close(plain[b], expected, rtol=1e-4, atol=1e-4)
+    moved = animatediff.predict(clips, 500, told)
+    assert moved.shape == clips.shape and not torch.equal(moved, plain)
