@@ -1,6 +1,7 @@
 """The recipe of tiny-video: what it trains, one step of it, export, card, measures."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -41,17 +42,64 @@ def test_temporal_layers_and_cross_attention_learn():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """One step on twelve clips."""
-    folder = tmp_path_factory.mktemp("video")
-    write_clip_shard(folder / "clips", 0, 12, False)
+def quick():
+    """Train on a few clips, one a step; the folder of clips, that of the run, steps, other settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "GRID_PROMPTS", recipe.GRID_PROMPTS[:1])
         patch.setattr(recipe, "sample_latents", partial(recipe.sample_latents, num_inference_steps=1))
-        recipe.train_video(
-            recipe.VideoConfig(data=folder / "clips", output=folder / "run", steps=1, batch_schedule="0:1", bf16=False)
-        )
-    return folder / "run"
+
+        def train(clips, output, steps, **settings):
+            settings = {"batch_schedule": "0:1", "lr_schedule": "constant", "bf16": False} | settings
+            recipe.train_video(recipe.VideoConfig(data=clips, output=output, steps=steps, **settings))
+
+        yield train
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_clip_shard(folder, 0, 12, False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(quick, clips, tmp_path_factory):
+    """One step."""
+    folder = tmp_path_factory.mktemp("video") / "run"
+    quick(clips, folder, 1)
+    return folder
+
+
+def test_muon_takes_the_matrices_and_keeps_its_state(run):
+    tensors = load_safetensors(run / "checkpoint.safetensors")[0]
+    kept = {"momentum_buffer": set(), "exp_avg": set()}
+    for key in tensors:
+        for what in kept:
+            if key.startswith(f"optimizer.{what}."):
+                kept[what].add(tensors[key].ndim)
+    assert kept == {"momentum_buffer": {2}, "exp_avg": {1, 5}}  # norms and biases, temporal convolutions
+
+
+def test_a_run_is_resumed_and_refuses_another_optimizer(quick, clips, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(ValueError, match="made by another --optimizer"):
+        quick(clips, tmp_path / "run", 2, resume=True, optimizer="adamw")
+    quick(clips, tmp_path / "run", 2, resume=True)
+    ours, header = load_safetensors(tmp_path / "run" / "checkpoint.safetensors")
+    before, _ = load_safetensors(run / "checkpoint.safetensors")
+    assert json.loads(header["progress"])["samples"] == 2 and ours.keys() == before.keys()
+    moved = [key for key in before if key.startswith("model.") and not torch.equal(ours[key], before[key])]
+    assert "model.transformer_in.proj_in.weight" in moved
+
+
+def test_a_run_starts_from_exported_weights(quick, clips, run, tmp_path):
+    measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path / "weights"))
+    quick(clips, tmp_path / "more", 1, start_from=tmp_path / "weights", learning_rate=1e-9)
+    before, after = (load_safetensors(folder / "checkpoint.safetensors")[0] for folder in (run, tmp_path / "more"))
+    name = "transformer_in.proj_in.weight"
+    torch.testing.assert_close(after[f"model.{name}"], before[f"ema.{name}"], rtol=1e-3, atol=1e-5)  # kept in float16
+    with pytest.raises(FileNotFoundError, match="no trained weights"):
+        quick(clips, tmp_path / "none", 1, start_from=tmp_path / "nowhere")
 
 
 def test_a_run_is_exported_and_loaded(run, tmp_path, monkeypatch):
