@@ -15,8 +15,8 @@ from pathlib import Path
 from common.papers_index import REPOSITORY
 
 LOCKS = (REPOSITORY / "requirements.lock", REPOSITORY / "requirements.no-deps.lock")
-TINY_SD = REPOSITORY / "common" / "backbones" / "weights" / "tiny-sd"
-TINY_SD_PARTS = ("unet", "vae", "text_encoder")
+WEIGHTS = REPOSITORY / "common" / "backbones" / "weights"
+SHIPPED = {"tiny-sd": ("unet", "vae", "text_encoder"), "tiny-video": ("",)}  # their folders of safetensors
 MIN_FREE_GIB = 2.0  # a training run with checkpoints and caches
 GIB = 2**30
 
@@ -136,12 +136,12 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(OK, "disk", f"{free_gib:.0f} GiB free")
 
 
-def check_weights(folder: Path = TINY_SD) -> Iterator[Finding]:
-    """tiny-sd is there, and every weights file is as long as its header says."""
+def check_weights(folder: Path, parts: Sequence[str]) -> Iterator[Finding]:
+    """A shipped backbone is there, and every weights file is as long as its header says."""
     name, way_out = f"weights {folder.name}", f"git checkout -- {os.path.relpath(folder, REPOSITORY)}"
-    missing = [part for part in TINY_SD_PARTS if not any((folder / part).glob("*.safetensors"))]
+    missing = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
     if missing:
-        yield Finding(BROKEN, name, f"missing: {', '.join(missing)}", way_out)
+        yield Finding(BROKEN, name, f"missing: {', '.join(part or 'safetensors' for part in missing)}", way_out)
         return
     faults = [fault for path in sorted(folder.rglob("*.safetensors")) if (fault := weights_fault(path))]
     for fault in faults:
@@ -173,7 +173,8 @@ def examine() -> Iterator[Finding]:
     yield from check_packages(read_lock(), needed_packages())
     yield from check_torch()
     yield from check_machine()
-    yield from check_weights()
+    for name, parts in SHIPPED.items():
+        yield from check_weights(WEIGHTS / name, parts)
 
 
 def print_report() -> int:

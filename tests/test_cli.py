@@ -233,15 +233,17 @@ def test_doctor_finds_missing_and_differing_packages():
 
 
 def test_doctor_finds_missing_and_cut_weights(tmp_path):
-    assert [f.detail for f in doctor.check_weights(tmp_path)] == ["missing: unet, vae, text_encoder"]
-    for part in doctor.TINY_SD_PARTS:
+    parts = doctor.SHIPPED["tiny-sd"]
+    assert [f.detail for f in doctor.check_weights(tmp_path, parts)] == ["missing: unet, vae, text_encoder"]
+    assert [f.detail for f in doctor.check_weights(tmp_path, ("",))] == ["missing: safetensors"]
+    for part in parts:
         (tmp_path / part).mkdir()
         save_file({"x": np.zeros(100)}, tmp_path / part / f"{part}.safetensors")
-    assert [f.status for f in doctor.check_weights(tmp_path)] == [doctor.OK]
+    assert [f.status for f in doctor.check_weights(tmp_path, parts)] == [doctor.OK]
     whole = (tmp_path / "vae/vae.safetensors").read_bytes()
     (tmp_path / "vae/vae.safetensors").write_bytes(whole[:-1])
     (tmp_path / "unet/unet.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    findings = list(doctor.check_weights(tmp_path))
+    findings = list(doctor.check_weights(tmp_path, parts))
     assert [f.status for f in findings] == [doctor.BROKEN, doctor.BROKEN]
     assert "unet.safetensors is cut short or not safetensors" in findings[0].detail
     assert f"vae.safetensors has {len(whole) - 1} bytes instead of {len(whole)}" in findings[1].detail

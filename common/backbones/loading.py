@@ -34,6 +34,7 @@ UNETS = {
     "TextToVideoSDPipeline": UNet3DConditionModel,
 }
 TEXT_CLASSES = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+WORDS = "words.safetensors"  # beside the layers of an inflated network: word -> (D,)
 VOCABULARY_MULTIPLE = 64  # rows of a new embedding table are padded to it
 
 
@@ -94,6 +95,7 @@ def extended_backbone(
             unet = inflate(base.unet, seed=seed)
         if weights == "pretrained":
             load_trained_layers(unet, extension.inflated)
+            load_words(base, extension.inflated)
     else:
         with _explained(name, extension.motion_adapter), torch.random.fork_rng(devices=[]), torch.device(base.device):
             torch.manual_seed(seed)
@@ -111,7 +113,7 @@ def load_trained_layers(unet: UNet3DConditionModel, folder: Path) -> None:
 
     Raises: FileNotFoundError if there are none, ValueError if they have no place in it.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("video*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"there are no trained weights at {folder}: make them with `python -m common.toyworld.pretrain video`, or "
@@ -121,6 +123,24 @@ def load_trained_layers(unet: UNet3DConditionModel, folder: Path) -> None:
     unknown = unet.load_state_dict(trained, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"{folder} has weights that this network has no place for: {unknown[:3]}")
+
+
+def load_words(backbone: Backbone, folder: Path) -> None:
+    """Put the embeddings of words that were trained with a video network, words.safetensors, into the text encoder.
+
+    Raises: ValueError if a word is not one token.
+    """
+    table = backbone.text_encoder.get_input_embeddings().weight.data
+    for word, embedding in load_safetensors(folder / WORDS)[0].items():
+        table[word_id(backbone.tokenizer, word)] = embedding.to(table)
+
+
+def word_id(tokenizer: CLIPTokenizer, word: str) -> int:
+    """The token of a word. Raises: ValueError if it is not one token."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"{word!r} is not one token but {tokenizer.convert_ids_to_tokens(ids)}")
+    return ids[0]
 
 
 def _source(name: str, *, pretrained: bool) -> str:

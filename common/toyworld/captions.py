@@ -1,5 +1,7 @@
 """Captions from a grammar with synonyms and dropped attributes, and the corpus the tokenizer is trained on."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from common.toyworld.scene import Entity, Scene
@@ -210,6 +212,17 @@ def shows_view(scene: Scene) -> bool:
     return (
         scene.relation is None and not first.portrait and (first.noun not in ROUND_CLASSES or scene.view == "overhead")
     )
+
+
+def motion_words() -> list[str]:
+    """Words that tell motions and stand in no caption of a picture, sorted."""
+    tables = (NOUNS, STYLE_PREFIXES, BACKGROUND_PHRASES, VIEW_PHRASES, POSE_PHRASES, RELATION_PHRASES, STATE_WORDS)
+    others = [phrase for table in tables for phrases in table.values() for phrase in phrases] + [*_FILLERS, *_DETAILS]
+    return sorted(_words(phrase for phrases in MOTION_PHRASES.values() for phrase in phrases) - _words(others))
+
+
+def _words(phrases: Iterable[str]) -> set[str]:
+    return {word for phrase in phrases for word in phrase.split()}
 
 
 def corpus() -> list[str]:

@@ -185,6 +185,10 @@ class Bench:
         """One clip of 8 frames on tiny-video, 30 DDIM steps, with guidance."""
         return video_speed.clip_sampling(self.steps(30))
 
+    def clip_tuning(self) -> dict:
+        """One clip learned by MotionDirector, and by VMC, with their tiny presets; the slower one."""
+        return video_speed.clip_tuning(self.folder, 0.05 if self.options.quick else 1.0)
+
     def rendering(self) -> dict:
         """A voxel field's rendering, forward and backward, against nerfstudio's torch hash grid."""
         return three_d_speed.rendering(2 if self.options.quick else 10)
@@ -219,6 +223,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], dict]] = {
     "textual_inversion": Bench.textual_inversion,
     "clip_loading": Bench.clip_loading,
     "clip_sampling": Bench.clip_sampling,
+    "clip_tuning": Bench.clip_tuning,
     "rendering": Bench.rendering,
     "distillation_step": Bench.distillation_step,
 }

@@ -1,6 +1,7 @@
 """Measurements of the video layer, for tests.benchmarks.speed: each returns {"value", "unit", "goal"} and details."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,11 @@ import torch
 from common.backbones import load_backbone
 from common.data.videos import crop_frames, read_frames, to_clip, video_info
 from common.sampling import sample_clips, save_mp4
+from common.toyworld.motion_tasks import motion_tasks
+from papers.motion_director import train as motion_director
+from papers.motion_director.config import MotionDirectorConfig
+from papers.vmc import train as vmc
+from papers.vmc.config import VMCConfig
 
 FPS, SECONDS = 30, 3
 
@@ -37,3 +43,30 @@ def clip_sampling(steps: int) -> dict:
     started = time.perf_counter()
     sample_clips(backbone, "a video of a dog", seeds=[0], num_inference_steps=steps, guidance_scale=5.0)
     return {"value": time.perf_counter() - started, "unit": "s", "goal": 15, "steps": steps}
+
+
+def clip_tuning(folder: Path, share: float) -> dict:
+    """A toy clip learned with the tiny presets, from mp4 to artifact with its sample clip; the slower of both methods.
+
+    Args: share: of the presets' steps that are made.
+    """
+    (task,) = motion_tasks(1)
+    video, prompt = folder / "motion.mp4", task.plain_captions[0]
+    save_mp4(task.clips[0], video, fps=8)
+    presets = {"motion_director": MotionDirectorConfig.tiny(), "vmc": VMCConfig.tiny()}
+    configs = {name: replace(tiny, train_steps=round(share * tiny.train_steps)) for name, tiny in presets.items()}
+    runs = {
+        "motion_director": lambda config, output: motion_director.train(
+            motion_director.TrainOptions(clips=video, prompt=prompt, output=output, config=config)
+        ),
+        "vmc": lambda config, output: vmc.train(
+            vmc.TrainOptions(video=video, prompt=prompt, output=output, config=config)
+        ),
+    }
+    seconds = {}
+    for name, run in runs.items():
+        started = time.perf_counter()
+        run(configs[name], folder / name)
+        seconds[name] = time.perf_counter() - started
+    steps = {name: config.train_steps for name, config in configs.items()}
+    return {"value": max(seconds.values()), "unit": "s", "goal": 150, "steps": steps, "seconds": seconds}

@@ -74,6 +74,7 @@ class Recipe:
     loss: Callable[[Tensor, torch.Generator], dict[str, Tensor]]
     validate: Callable[[], dict[str, float]]
     sample_grid: Callable[[], Image.Image] | None = None
+    tables: frozenset[str] = frozenset()  # parameters whose rows are vectors of words: Muon leaves them to AdamW
 
 
 @dataclass
@@ -99,7 +100,7 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
         torch.set_num_threads(config.threads)
     model = recipe.model.to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(parameters, config)
+    optimizers = make_optimizers(parameters, config, recipe.tables)
     ema = make_ema(parameters.values(), config.ema_decay)
     progress, schedule = Progress(), parse_batch_schedule(config.batch_schedule)
     size = sum(p.numel() for p in parameters.values())
@@ -165,10 +166,16 @@ def train(recipe: Recipe, config: LoopConfig) -> None:
     model.eval()
 
 
-def make_optimizers(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[Optimizer]:
+def make_optimizers(
+    parameters: dict[str, nn.Parameter], config: LoopConfig, tables: frozenset[str] = frozenset()
+) -> list[Optimizer]:
     """AdamW; or Muon (Jordan et al. 2024) for the matrices among the parameters, and AdamW for the others."""
-    matrices = [p for p in parameters.values() if config.optimizer == "muon" and p.ndim == 2]
-    others = [p for p in parameters.values() if config.optimizer == "adamw" or p.ndim != 2]
+
+    def is_matrix(name: str) -> bool:
+        return config.optimizer == "muon" and parameters[name].ndim == 2 and name not in tables
+
+    matrices = [p for name, p in parameters.items() if is_matrix(name)]
+    others = [p for name, p in parameters.items() if not is_matrix(name)]
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizers: list[Optimizer] = []
     if matrices:

@@ -9,18 +9,20 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 
-from common.backbones.loading import extended_backbone
+from common.backbones.loading import WORDS, extended_backbone
 from common.backbones.presets import VIDEO_EXTENSIONS
 from common.evaluation.motion import neighbour_consistency
 from common.io import atomic_save_safetensors, atomic_write_text, load_safetensors
 from common.sampling.images import image_grid, save_png
 from common.sampling.video import sample_clips
+from common.toyworld.captions import motion_words
 from common.toyworld.clip_shards import ALL_MOTIONS, render_clips
 from common.toyworld.judge import Judge
 from common.toyworld.motion_judge import ClipReading, MotionJudge
 from common.toyworld.pretrain.data import HELD_OUT_FIRST_SEED
 from common.toyworld.pretrain.export import MAX_SHARD, MEASUREMENTS, folder_bytes, validation_curve
 from common.toyworld.pretrain.motion_judge import to_clips
+from common.toyworld.pretrain.video import EARLIER, TRAINING, cache_of
 from common.training.optimize import default_device
 
 TINY_VIDEO = VIDEO_EXTENSIONS["tiny-video"].inflated
@@ -44,7 +46,7 @@ class MeasureVideoConfig:
     num_clips: int = 80
     first_seed: int = HELD_OUT_FIRST_SEED  # of the prompts
     num_inference_steps: int = 30
-    guidance_scale: float = 5.0  # s of uncond + s * (cond - uncond)
+    guidance_scale: float = 7.5  # s of uncond + s * (cond - uncond); best of 3 to 12 on other prompts
     grid: Path | None = None  # PNG of the first 12 clips, a row each
 
 
@@ -52,15 +54,20 @@ def export_video(config: ExportVideoConfig) -> None:
     """Write the shards of config.output, training.json and the card."""
     tensors, header = load_safetensors(config.run / "checkpoint.safetensors")
     average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-    halves = {name: tensor.half().contiguous() for name, tensor in average.items()}
+    words = dict(zip(motion_words(), average.pop("words.rows"), strict=True))
+    halves = {name.removeprefix("unet."): tensor.half().contiguous() for name, tensor in average.items()}
     shards = split_torch_state_dict_into_shards(
         halves, filename_pattern="video{suffix}.safetensors", max_shard_size=MAX_SHARD
     )
     for name, keys in shards.filename_to_tensors.items():
         part = {key: halves[key] for key in keys}
         atomic_save_safetensors(part, config.output / name, {"inflated": VIDEO_EXTENSIONS["tiny-video"].base})
+    atomic_save_safetensors({word: row.clone() for word, row in words.items()}, config.output / WORDS, {})
     training = json.loads(header["progress"]) | {"validation_loss": validation_curve(config.run / "log.jsonl")}
-    atomic_write_text(config.output / "training.json", json.dumps(training, indent=2) + "\n")
+    earlier = cache_of(config.run) / EARLIER
+    if earlier.is_file():
+        training["earlier"] = json.loads(earlier.read_text("utf-8"))
+    atomic_write_text(config.output / TRAINING, json.dumps(training, indent=2) + "\n")
     write_video_card(config.output)
     print(f"written to {config.output}")
 
@@ -123,7 +130,11 @@ def frame_consistency(judge: Judge, clips: Tensor) -> float:
 
 def write_video_card(folder: Path) -> None:
     """Write README.md of the weights folder from its training.json and measurements.json."""
-    training = json.loads((folder / "training.json").read_text("utf-8"))
+    training = json.loads((folder / TRAINING).read_text("utf-8"))
+    runs = [training]
+    while "earlier" in runs[0]:
+        runs.insert(0, runs[0]["earlier"])
+    steps, samples, seconds = (sum(run[name] for run in runs) for name in ("step", "samples", "seconds"))
     curve = ", ".join(f"{int(step):,}: {loss:.4f}" for step, loss in training["validation_loss"].items())
     lines = [
         "# tiny-video",
@@ -131,12 +142,14 @@ def write_video_card(folder: Path) -> None:
         "tiny-sd as a video network: diffusers' UNet3DConditionModel with tiny-sd's spatial weights, and layers across",
         "frames that were trained on clips of the toy world (8 frames, 64x64 px, ten named motions).",
         f"The safetensors ({folder_bytes(folder) / 2**20:.1f} MiB with this card) hold these layers and the",
-        "cross-attention that was trained with them, in float16; `load_backbone` takes the rest from tiny-sd.",
+        "cross-attention and the embeddings of words of motion that were trained with them; `load_backbone` takes the",
+        "rest from tiny-sd.",
         "",
-        f"{training['step']:,} steps, {training['samples']:,} clips, {training['seconds'] / 60:.0f} minutes; "
-        "the averaged weights are stored.",
-        f"Fixed-noise validation loss after steps: {curve}.",
-        "To train on: `python -m common.toyworld.pretrain video --data CLIPS --output RUN --minutes N --resume`.",
+        f"{steps:,} steps, {samples:,} clips, {seconds / 60:.0f} minutes in {len(runs)} "
+        f"{'run' if len(runs) == 1 else 'runs'}; the averaged weights are stored.",
+        f"Fixed-noise validation loss after steps of the last run: {curve}.",
+        "To train on: `python -m common.toyworld.pretrain video --data CLIPS --output RUN --minutes N --start-from`",
+        "this folder.",
     ]
     measured = folder / MEASUREMENTS
     if measured.exists():

@@ -9,8 +9,10 @@ import torch
 
 from common.backbones import load_backbone
 from common.backbones.inflate import inflate
+from common.backbones.loading import word_id
 from common.backbones.presets import VIDEO_EXTENSIONS, VideoExtension
 from common.io import load_safetensors
+from common.toyworld.captions import motion_words
 from common.toyworld.clip_shards import ALL_MOTIONS, render_clips, write_clip_shard
 from common.toyworld.pretrain import measure_video as measuring
 from common.toyworld.pretrain import video as recipe
@@ -22,6 +24,22 @@ def test_timesteps_grow_denser_with_t():
     drawn = recipe.late_timesteps(uniform, 1000)
     assert drawn.min() >= 0 and drawn.max() <= 999
     assert (drawn < 500).double().mean().item() == pytest.approx(0.5**1.5, abs=1e-3)  # u^(2/3) is below 1/2
+
+
+def test_words_of_motion_replace_their_rows_alone():
+    backbone = load_backbone("tiny-sd").freeze()
+    before = backbone.encode_prompt(["a cat jumping", "a cat on the beach"]).prompt_embeds
+    assert {"jumping", "spinning", "zooming"} <= set(motion_words()) and not {"in", "the", "to"} & set(motion_words())
+    words = recipe.Words(backbone.tokenizer, backbone.text_encoder, motion_words())
+    assert torch.equal(backbone.encode_prompt(["a cat jumping", "a cat on the beach"]).prompt_embeds, before)
+    words.rows.data[motion_words().index("jumping")] += torch.randn(256, generator=torch.Generator().manual_seed(0))
+    after = backbone.encode_prompt(["a cat jumping", "a cat on the beach"]).prompt_embeds
+    assert torch.equal(after[1], before[1]) and torch.equal(after[0, :3], before[0, :3])  # start, a, cat
+    assert (after[0, 3:] - before[0, 3:]).abs().amax(-1).min() > 1e-3
+    after[0].square().sum().backward()
+    assert [bool(row.any()) for row in words.rows.grad] == [word == "jumping" for word in motion_words()]
+    with pytest.raises(ValueError, match="'zooming in' is not one token"):
+        recipe.Words(backbone.tokenizer, backbone.text_encoder, ["zooming in"])
 
 
 def test_hard_motions_are_drawn_three_times():
@@ -77,7 +95,8 @@ def test_muon_takes_the_matrices_and_keeps_its_state(run):
         for what in kept:
             if key.startswith(f"optimizer.{what}."):
                 kept[what].add(tensors[key].ndim)
-    assert kept == {"momentum_buffer": {2}, "exp_avg": {1, 5}}  # norms and biases, temporal convolutions
+    assert kept == {"momentum_buffer": {2}, "exp_avg": {1, 2, 5}}  # norms and biases, words, temporal convolutions
+    assert "optimizer.exp_avg.words.rows" in tensors
 
 
 def test_a_run_is_resumed_and_refuses_another_optimizer(quick, clips, run, tmp_path):
@@ -89,15 +108,17 @@ def test_a_run_is_resumed_and_refuses_another_optimizer(quick, clips, run, tmp_p
     before, _ = load_safetensors(run / "checkpoint.safetensors")
     assert json.loads(header["progress"])["samples"] == 2 and ours.keys() == before.keys()
     moved = [key for key in before if key.startswith("model.") and not torch.equal(ours[key], before[key])]
-    assert "model.transformer_in.proj_in.weight" in moved
+    assert {"model.unet.transformer_in.proj_in.weight", "model.words.rows"} <= set(moved)
 
 
 def test_a_run_starts_from_exported_weights(quick, clips, run, tmp_path):
     measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path / "weights"))
     quick(clips, tmp_path / "more", 1, start_from=tmp_path / "weights", learning_rate=1e-9)
     before, after = (load_safetensors(folder / "checkpoint.safetensors")[0] for folder in (run, tmp_path / "more"))
-    name = "transformer_in.proj_in.weight"
-    torch.testing.assert_close(after[f"model.{name}"], before[f"ema.{name}"], rtol=1e-3, atol=1e-5)  # kept in float16
+    for name in ("unet.transformer_in.proj_in.weight", "words.rows"):  # kept in float16
+        torch.testing.assert_close(after[f"model.{name}"], before[f"ema.{name}"], rtol=1e-3, atol=1e-5)
+    measuring.export_video(measuring.ExportVideoConfig(run=tmp_path / "more", output=tmp_path / "again"))
+    assert "2 steps, 2 clips, 0 minutes in 2 runs" in (tmp_path / "again" / "README.md").read_text()
     with pytest.raises(FileNotFoundError, match="no trained weights"):
         quick(clips, tmp_path / "none", 1, start_from=tmp_path / "nowhere")
 
@@ -105,15 +126,22 @@ def test_a_run_starts_from_exported_weights(quick, clips, run, tmp_path):
 def test_a_run_is_exported_and_loaded(run, tmp_path, monkeypatch):
     measuring.export_video(measuring.ExportVideoConfig(run=run, output=tmp_path / "weights"))
     files = sorted((tmp_path / "weights").glob("*.safetensors"))
-    assert len(files) == 2 and all(path.stat().st_size < 16 * 2**20 for path in files)
+    assert [path.name for path in files][-1] == "words.safetensors"
+    assert len(files) == 3 and all(path.stat().st_size < 16 * 2**20 for path in files)
     assert "Not measured yet" in (tmp_path / "weights" / "README.md").read_text()
     monkeypatch.setitem(VIDEO_EXTENSIONS, "small", VideoExtension("tiny-sd", 8, inflated=tmp_path / "weights"))
     loaded = load_backbone("small")
     average = load_safetensors(run / "checkpoint.safetensors")[0]
     name = "transformer_in.proj_in.weight"
-    torch.testing.assert_close(dict(loaded.unet.named_parameters())[name], average[f"ema.{name}"].half().float())
-    image = load_backbone("tiny-sd").unet.state_dict()
-    assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], image["conv_in.weight"])
+    trained = dict(loaded.unet.named_parameters())[name]
+    torch.testing.assert_close(trained, average[f"ema.unet.{name}"].half().float())
+    image = load_backbone("tiny-sd")
+    assert torch.equal(loaded.unet.conv_in.weight, image.unet.conv_in.weight)
+    tables = [backbone.text_encoder.get_input_embeddings().weight for backbone in (loaded, image)]
+    differs = {row.item() for row in (tables[0] != tables[1]).any(1).nonzero()}
+    ids = [word_id(image.tokenizer, word) for word in motion_words()]
+    assert differs and differs <= set(ids)  # those of the clip that was seen
+    assert torch.equal(tables[0][ids], average["ema.words.rows"])
 
 
 def test_perfect_clips_measure_as_well_as_renders(run, tmp_path, monkeypatch):
@@ -126,7 +154,7 @@ def test_perfect_clips_measure_as_well_as_renders(run, tmp_path, monkeypatch):
         used.add(torch.equal(backbone.unet.transformer_in.proj_in.weight, weights_of_the_run))
         return truth[seeds]
 
-    weights_of_the_run = average["ema.transformer_in.proj_in.weight"].half().float()
+    weights_of_the_run = average["ema.unet.transformer_in.proj_in.weight"].half().float()
     monkeypatch.setattr(measuring, "sample_clips", perfect)
     result = measuring.measure_video(config)
     assert used == {True}  # the weights of the folder that was named
