@@ -27,6 +27,7 @@ from common.training.optimize import default_device
 
 TINY_VIDEO = VIDEO_EXTENSIONS["tiny-video"].inflated
 GOALS = {"motion": 0.75, "class": 0.85}
+GRID_CLIPS = 8
 CONSISTENCY_MARGIN = 0.02  # below that of renders
 
 
@@ -47,7 +48,7 @@ class MeasureVideoConfig:
     first_seed: int = HELD_OUT_FIRST_SEED  # of the prompts
     num_inference_steps: int = 30
     guidance_scale: float = 7.5  # s of uncond + s * (cond - uncond); best of 3 to 12 on other prompts
-    grid: Path | None = None  # PNG of the first 12 clips, a row each
+    grid: Path | None = None  # PNG of the first clips, a row each
 
 
 def export_video(config: ExportVideoConfig) -> None:
@@ -92,8 +93,8 @@ def measure_video(config: MeasureVideoConfig) -> dict:
     )  # fmt: skip
     truth = to_clips(renders.frames)
     if config.grid is not None:
-        rows = made[:12].transpose(1, 2).flatten(0, 1)
-        labels = [prompt if k == 0 else "" for prompt in prompts[:12] for k in range(made.shape[2])]
+        rows = made[:GRID_CLIPS].transpose(1, 2).flatten(0, 1)
+        labels = [prompt if k == 0 else "" for prompt in prompts[:GRID_CLIPS] for k in range(made.shape[2])]
         save_png(image_grid(rows, columns=made.shape[2], labels=labels, upscale=2), config.grid)
     found, own = judge.read(made.to(device)), judge.read(truth.to(device))
     settings = ("num_clips", "first_seed", "num_inference_steps", "guidance_scale")

@@ -1,0 +1,1 @@
+"""MotionDirector: see README.md."""

@@ -1,0 +1,1 @@
+"""VMC: see README.md."""
