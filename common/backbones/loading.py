@@ -104,7 +104,7 @@ def extended_backbone(
             unet = UNetMotionModel.from_unet2d(base.unet, adapter)
     return VideoBackbone(
         name=name, unet=unet, vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
-        noise_scheduler=base.noise_scheduler, num_frames=extension.num_frames,
+        noise_scheduler=base.noise_scheduler, num_frames=extension.num_frames, noise_share=extension.noise_share,
     )  # fmt: skip
 
 

@@ -26,12 +26,14 @@ class VideoExtension:
     base: the image preset.   num_frames: of a clip.
     inflated: folder of safetensors with the layers that `inflate` adds, and others that were trained with them; or
     motion_adapter: hub id or folder of a diffusers MotionAdapter.
+    noise_share: of the initial noise of a clip, what all its frames have in common.
     """
 
     base: str
     num_frames: int
     inflated: Path | None = None
     motion_adapter: str | None = None
+    noise_share: float = 0.0
 
 
 PRESETS = {
@@ -46,6 +48,7 @@ PRESETS = {
     "zeroscope": Preset("cerspense/zeroscope_v2_576w", HERE / "architectures" / "modelscope", num_frames=24),
 }
 VIDEO_EXTENSIONS = {
-    "tiny-video": VideoExtension("tiny-sd", 8, inflated=HERE / "weights" / "tiny-video"),
+    # 0.2: of 0, 0.1, 0.2 the one whose neighbouring frames are as alike as those of real clips
+    "tiny-video": VideoExtension("tiny-sd", 8, inflated=HERE / "weights" / "tiny-video", noise_share=0.2),
     "animatediff": VideoExtension("sd15", 16, motion_adapter="guoyww/animatediff-motion-adapter-v1-5-2"),
 }

@@ -21,9 +21,11 @@ class VideoBackbone(Backbone):
     """A backbone whose latents are clips, (B,4,F,h,w); one prompt and one timestep for all frames of a clip.
 
     num_frames: F of a clip where nothing else is said.
+    noise_share: of the initial noise of a clip, what all its frames have in common, [0, 1); see `clip_noise`.
     """
 
     num_frames: int = 16
+    noise_share: float = 0.0
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ _HOME = {
     "seeded_noise": "sampler",
     "sample_images": "generate",
     "sample_clips": "video",
+    "clip_noise": "video",
     "mixed_noise": "video",
     "make_scheduler": "schedulers",
     "SCHEDULERS": "schedulers",

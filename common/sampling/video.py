@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.backbones.conditioning import Conditioning
-from common.sampling.sampler import sample_latents, seeded_noise
+from common.sampling.sampler import draw_noise, sample_latents, seed_generators
 
 if TYPE_CHECKING:
     from common.backbones.video import VideoBackbone
@@ -33,14 +33,15 @@ def sample_clips(
     Args:
         prompt: text, or a Conditioning of one clip.
         batch_size: clips per network call (which sees twice as many under guidance).
-        noise: initial latents, (len(seeds),4,F,h,w), e.g. of `mixed_noise`; None = drawn from the seeds.
+        noise: initial latents, (len(seeds),4,F,h,w), e.g. of `mixed_noise`; None = `clip_noise` of the seeds.
         others: as in `sample_latents`.
     Returns: (len(seeds),3,F,H,W) in [-1,1], float32 on CPU.
     """
     seeds = list(seeds)
     if batch_size < 1 or not seeds:
         raise ValueError(f"batch_size and the number of seeds must be at least 1, got {batch_size} and {len(seeds)}")
-    if noise is not None and len(noise) != len(seeds):
+    noise = clip_noise(backbone, seeds) if noise is None else noise
+    if len(noise) != len(seeds):
         raise ValueError(f"noise holds {len(noise)} clips but there are {len(seeds)} seeds")
     conditioning = prompt if isinstance(prompt, Conditioning) else backbone.encode_prompt(prompt)
     negative = backbone.encode_prompt(negative_prompt) if guidance_scale != 1 else None
@@ -49,10 +50,25 @@ def sample_clips(
         part = slice(start, start + batch_size)
         latents = sample_latents(
             backbone, conditioning, negative, seeds=seeds[part], num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, scheduler=scheduler, latents=None if noise is None else noise[part],
+            guidance_scale=guidance_scale, scheduler=scheduler, latents=noise[part],
         )  # fmt: skip
         clips.append(backbone.decode_clips(latents).float().cpu())
     return torch.cat(clips)
+
+
+def clip_noise(backbone: VideoBackbone, seeds: Sequence[int]) -> Tensor:
+    """Initial noise of clips, (len(seeds),4,F,h,w), float32 on CPU: standard normal, in part the same in all frames.
+
+    Frames that begin alike end alike (PYoCo, Ge et al., ICCV 2023, arXiv 2305.10474, which also trains so). The part is
+    `backbone.noise_share`, the correlation between frames; 0 gives `seeded_noise`.
+    """
+    share, generators = backbone.noise_share, seed_generators(seeds)
+    own = draw_noise(generators, backbone.latent_shape)
+    if share == 0:
+        return own
+    channels, _, height, width = backbone.latent_shape
+    shared = draw_noise(generators, (channels, 1, height, width))
+    return share**0.5 * shared + (1 - share) ** 0.5 * own
 
 
 def mixed_noise(backbone: VideoBackbone, inverted: Tensor, seeds: Sequence[int], share: float) -> Tensor:
@@ -68,7 +84,7 @@ def mixed_noise(backbone: VideoBackbone, inverted: Tensor, seeds: Sequence[int],
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
-    fresh = seeded_noise(backbone, seeds).to(inverted)
+    fresh = clip_noise(backbone, seeds).to(inverted)
     if fresh.shape[1:] != inverted.shape[1:]:
         own = backbone.latent_shape
         raise ValueError(f"the inverted clip is {tuple(inverted.shape[1:])}, but {backbone.name} makes {own}")

@@ -99,7 +99,7 @@ def measure_video(config: MeasureVideoConfig) -> dict:
     found, own = judge.read(made.to(device)), judge.read(truth.to(device))
     settings = ("num_clips", "first_seed", "num_inference_steps", "guidance_scale")
     result = {
-        "settings": {name: getattr(config, name) for name in settings},
+        "settings": {name: getattr(config, name) for name in settings} | {"noise_share": backbone.noise_share},
         "generated": shares_right(found, renders.motions, renders.classes)
         | {"consistency": frame_consistency(pictures, made.to(device))},
         "renders": shares_right(own, renders.motions, renders.classes)
@@ -142,7 +142,7 @@ def write_video_card(folder: Path) -> None:
         "",
         "tiny-sd as a video network: diffusers' UNet3DConditionModel with tiny-sd's spatial weights, and layers across",
         "frames that were trained on clips of the toy world (8 frames, 64x64 px, ten named motions).",
-        f"The safetensors ({folder_bytes(folder) / 2**20:.1f} MiB with this card) hold these layers and the",
+        f"The safetensors ({folder_bytes(folder) / 2**20:.1f} MiB with this card) hold these layers, the",
         "cross-attention and the embeddings of words of motion that were trained with them; `load_backbone` takes the",
         "rest from tiny-sd.",
         "",
@@ -167,7 +167,8 @@ def video_table(measured: dict) -> list[str]:
     goals["consistency"] = f"{truth['consistency'] - CONSISTENCY_MARGIN:.3f}"
     lines = [
         f"Measured on {settings['num_clips']} held-out prompts (seeds from {settings['first_seed']}), "
-        f"{settings['num_inference_steps']} DDIM steps, guidance scale {settings['guidance_scale']}.",
+        f"{settings['num_inference_steps']} DDIM steps, guidance scale {settings['guidance_scale']}, "
+        f"{settings['noise_share']:.0%} of the initial noise common to all frames.",
         "The judges' own accuracy is on the renders of the prompts.",
         "",
         "| | generated | goal | renders |",

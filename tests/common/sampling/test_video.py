@@ -1,11 +1,13 @@
 """Clips from seeds, and noise that remembers a clip."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.backbones import load_backbone
 from common.sampling import ddim_invert, ddim_reconstruct, sample_latents, seeded_noise
-from common.sampling.video import mixed_noise, sample_clips
+from common.sampling.video import clip_noise, mixed_noise, sample_clips
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +21,25 @@ def test_a_clip_depends_on_its_seed_alone(backbone):
     assert both.shape == (2, 3, 8, 64, 64) and both.abs().max() <= 1
     alone = sample_clips(backbone, "a cat", seeds=[2], batch_size=1, **options)
     torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
-    noise = seeded_noise(backbone, [1, 2])
+    noise = clip_noise(backbone, [1, 2])
     torch.testing.assert_close(sample_clips(backbone, "a cat", seeds=[8, 9], noise=noise, **options), both)
+
+
+def test_frames_of_the_initial_noise_have_a_part_in_common(backbone):
+    assert backbone.noise_share == 0.2
+    noise = clip_noise(backbone, range(40))
+    frames = noise.transpose(1, 2).transpose(0, 1).flatten(1)  # (F, N*4*16*16)
+    expected = torch.full((8, 8), 0.2) + 0.8 * torch.eye(8)
+    torch.testing.assert_close(torch.cov(frames), expected, rtol=0, atol=0.02)
+    other = torch.stack([noise[:20].flatten(), noise[20:].flatten()])
+    assert torch.corrcoef(other)[0, 1].abs() < 0.01  # clips have nothing in common
+    independent = replace(backbone, noise_share=0.0)
+    assert torch.equal(clip_noise(independent, [3, 4]), seeded_noise(backbone, [3, 4]))
 
 
 def test_mixed_noise_is_the_root_weighted_sum(backbone):
     inverted = torch.full((1, *backbone.latent_shape), 2.0)
-    fresh = seeded_noise(backbone, [4, 5])
+    fresh = clip_noise(backbone, [4, 5])
     torch.testing.assert_close(mixed_noise(backbone, inverted, [4, 5], 0.36), 0.6 * 2.0 + 0.8 * fresh)
     assert torch.equal(mixed_noise(backbone, inverted, [4, 5], 0.0), fresh)
     assert torch.equal(mixed_noise(backbone, inverted, [4, 5], 1.0), inverted.expand(2, -1, -1, -1, -1))
