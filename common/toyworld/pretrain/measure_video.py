@@ -69,6 +69,7 @@ def export_video(config: ExportVideoConfig) -> None:
     if earlier.is_file():
         training["earlier"] = json.loads(earlier.read_text("utf-8"))
     atomic_write_text(config.output / TRAINING, json.dumps(training, indent=2) + "\n")
+    (config.output / MEASUREMENTS).unlink(missing_ok=True)  # of earlier weights
     write_video_card(config.output)
     print(f"written to {config.output}")
 
