@@ -275,13 +275,9 @@ def load_checkpoint(
             parameter.copy_(tensors[f"model.{name}"])
             average.copy_(tensors[f"ema.{name}"])
             owner[parameter].state[parameter] = state[name]
-    ema.optimization_step = progress_of(header).step
-    return progress_of(header)
-
-
-def progress_of(header: dict[str, str]) -> Progress:
-    """How far a checkpoint's run had come."""
-    return Progress(**json.loads(header["progress"]))
+    progress = Progress(**json.loads(header["progress"]))
+    ema.optimization_step = progress.step
+    return progress
 
 
 def load_average(model: nn.Module, run: Path) -> nn.Module:
