@@ -5,7 +5,6 @@ and classes (n,) as indices; captions are JSON in the header. A clip depends on 
 """
 
 import json
-import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from common.toyworld.clips import render_clip
 from common.toyworld.sampling import compose, sample_object, sample_person
 from common.toyworld.scene import Placed, Scene
 from common.toyworld.vocabulary import BACKGROUNDS, CLASSES, HELD_OUT_MOTIONS, MOTIONS
+from common.toyworld.workers import in_processes
 
 NUM_FRAMES = 8
 NUM_CAPTIONS = 3
@@ -108,12 +108,8 @@ def write_clip_shards(config: ClipShardConfig) -> None:
     ]
     missing = [job for job in jobs if not _shard_path(*job[:3]).exists()]
     done = config.num_clips - sum(job[2] for job in missing)
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=config.num_clips, initial=done, unit="clip", desc="rendering", smoothing=0.05) as progress,
-        context.Pool(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        for count in pool.imap_unordered(_write_job, missing):
+    with tqdm(total=config.num_clips, initial=done, unit="clip", desc="rendering", smoothing=0.05) as progress:
+        for count in in_processes(write_clip_shard, missing, config.workers):
             progress.update(count)
 
 
@@ -142,10 +138,6 @@ def load_clip_shards(directory: Path, max_clips: int | None = None) -> ClipData:
 
 def _shard_path(directory: Path, first_seed: int, num_clips: int) -> Path:
     return directory / f"clips-{first_seed:09d}-{num_clips:05d}.safetensors"
-
-
-def _write_job(job: tuple[Path, int, int, bool]) -> int:
-    return write_clip_shard(*job)
 
 
 if __name__ == "__main__":

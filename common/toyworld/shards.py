@@ -6,7 +6,6 @@ An image depends on its seed alone, so workers, shard size and order of renderin
 """
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.io import atomic_save_safetensors, load_safetensors
+from common.toyworld.workers import in_processes
 
 RENDER_BATCH = 50  # images rendered at once by one worker
 
@@ -103,13 +103,8 @@ def write_shards(config: ShardConfig) -> None:
         jobs.append((config.output, config.first_seed + start, min(config.shard_size, config.num_images - start)))
     missing = [job for job in jobs if not shard_path(*job).exists()]
     done = config.num_images - sum(count for _, _, count in missing)
-    # "spawn" keeps every worker at one torch thread whatever the parent has done with its thread pool.
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=config.num_images, initial=done, unit="image", desc="rendering", smoothing=0.05) as progress,
-        context.Pool(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        for count in pool.imap_unordered(_write_shard_job, missing):
+    with tqdm(total=config.num_images, initial=done, unit="image", desc="rendering", smoothing=0.05) as progress:
+        for count in in_processes(write_shard, missing, config.workers):
             progress.update(count)
 
 
@@ -161,10 +156,6 @@ def _label_names() -> dict[str, list[str]]:
     from common.toyworld.examples import LABELS
 
     return {name: list(values) for name, values in LABELS.items()}
-
-
-def _write_shard_job(job: tuple[Path, int, int]) -> int:
-    return write_shard(*job)
 
 
 if __name__ == "__main__":
