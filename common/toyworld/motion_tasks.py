@@ -16,6 +16,7 @@ from common.toyworld.vocabulary import BACKGROUNDS, COLORS, OBJECT_CLASSES
 # Motions along a path; "pulsing" and the like leave the centre where it is.
 PATHS = ("zigzag", "figure eight", "bouncing across", "swoop", "pendulum", "spiral up", "somersault", "hop and turn")
 NUM_FRAMES, NUM_PROMPTS = 8, 3
+# "moving", in all texts, is a word that tiny-video knows: where a prompt has none for the motion, it makes stills.
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MotionTask:
     """A motion to learn.
 
     name: "zigzag", which is in no caption of the backbone.   clips: (N,3,F,64,64) in [-1,1], of different objects.
-    captions: "a video of a red duck zigzag on the beach".   plain_captions: "a video of a duck zigzag".
+    captions: "a video of a red duck moving zigzag on the beach".   plain_captions: "a video of a duck moving zigzag".
     trajectories: (N,F,2) true paths in pixels.   entities, backgrounds: of the clips.   prompts: of other objects.
     """
 
@@ -63,14 +64,14 @@ def _task(index: int, motion: str, clips_each: int) -> MotionTask:
         entities.append(entity)
         places.append(place)
     words = [
-        f"{_a(entity.color)} {entity.noun} {motion} {BACKGROUND_PHRASES[place][0]}"
+        f"{_a(entity.color)} {entity.noun} moving {motion} {BACKGROUND_PHRASES[place][0]}"
         for entity, place in zip(entities, places, strict=True)
     ]
     return MotionTask(
         name=motion,
         clips=torch.stack([film.frames for film in films]).transpose(1, 2) * 2 - 1,
         captions=tuple(f"a video of {text}" for text in words),
-        plain_captions=tuple(f"a video of {_a(entity.noun)} {motion}" for entity in entities),
+        plain_captions=tuple(f"a video of {_a(entity.noun)} moving {motion}" for entity in entities),
         trajectories=torch.from_numpy(np.stack([film.trajectory for film in films])).float(),
         entities=tuple(entities),
         backgrounds=tuple(places),
@@ -87,7 +88,7 @@ def _prompts(
     prompts = []
     for noun in (nouns[k] for k in rng.choice(len(nouns), NUM_PROMPTS, replace=False)):
         color, place = colors[rng.integers(len(colors))], others[rng.integers(len(others))]
-        text = f"a video of {_a(color)} {noun} {motion} {BACKGROUND_PHRASES[place][0]}"
+        text = f"a video of {_a(color)} {noun} moving {motion} {BACKGROUND_PHRASES[place][0]}"
         prompts.append(MotionPrompt(text, noun, color))
     return tuple(prompts)
 

@@ -55,11 +55,11 @@ class MotionDirectorConfig:
     def tiny(cls) -> "MotionDirectorConfig":
         """One clip on tiny-video, 64 px: what notebook and reproduction run. Dropout would be a sixth of the time."""
         return cls(
-            rank=8, dropout=0.0, train_steps=100, num_frames=8, resolution_px=64, num_inference_steps=16,
-            guidance_scale=5.0, num_inversion_steps=32,
+            rank=8, dropout=0.0, train_steps=100, learning_rate=3e-3, num_frames=8, resolution_px=64,
+            num_inference_steps=16, guidance_scale=5.0, num_inversion_steps=32,
         )
 
     @classmethod
     def tiny_appearance(cls) -> "MotionDirectorConfig":
         """Pictures on tiny-video."""
-        return replace(cls.tiny(), train_steps=200, weight_decay=1e-4, spatial_scale=1.0)
+        return replace(cls.tiny(), train_steps=200, learning_rate=2e-3, weight_decay=1e-4, spatial_scale=1.0)

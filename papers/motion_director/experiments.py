@@ -102,9 +102,9 @@ def subject_of(task: MotionTask) -> Subject:
 
 
 def mixed_task(task: MotionTask) -> MotionTask:
-    """ "a video of a sks vase zigzag": the motion of the clip, the look of the subject's pictures."""
+    """ "a video of a sks vase moving zigzag": the motion of the clip, the look of the subject's pictures."""
     subject = subject_of(task)
-    text = f"a video of a {IDENTIFIER} {subject.class_noun} {task.name}"
+    text = f"a video of a {IDENTIFIER} {subject.class_noun} moving {task.name}"
     return replace(task, prompts=(MotionPrompt(text, subject.class_noun, subject.entity.color),))
 
 

@@ -43,4 +43,4 @@ class VMCConfig:
     @classmethod
     def tiny(cls) -> "VMCConfig":
         """tiny-video, 64 px: what the notebook and the reproduction run."""
-        return cls(train_steps=120, learning_rate=3e-4, num_inference_steps=16, guidance_scale=5.0)
+        return cls(train_steps=120, learning_rate=1e-3, num_inference_steps=16, guidance_scale=5.0)

@@ -29,7 +29,7 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     for k in range(2):
         save_mp4(torch.tanh(randn(3, 6, 48, 40, seed=k)), folder / f"{k}.mp4", fps=8)
-        (folder / f"{k}.txt").write_text(f"a video of a {('duck', 'cat')[k]} zigzag")
+        (folder / f"{k}.txt").write_text(f"a video of a {('duck', 'cat')[k]} moving zigzag")
     return folder
 
 
@@ -79,8 +79,8 @@ def test_motion_and_look_are_mixed_from_the_command_line(paper, command, photos,
                       "--flip", "--output", str(tmp_path / "look")])  # fmt: skip
     assert "training spatial_000: 18 pairs" in capsys.readouterr().out
     assert not (tmp_path / "look" / "temporal_lora.safetensors").exists()
-    paper.train.main([*command, "--prompt", "a video of a thing zigzag", "--output", str(tmp_path / "motion")])
-    options = ["--motion", str(tmp_path / "motion"), "--prompt", "a video of a sks cat zigzag", "--seeds", "0", "1"]
+    paper.train.main([*command, "--prompt", "a video of a thing moving zigzag", "--output", str(tmp_path / "motion")])
+    options = ["--motion", str(tmp_path / "motion"), "--prompt", "a video of a sks cat moving zigzag", "--seeds", "0", "1"]
     paper.generate.main([*options, "--appearance", str(tmp_path / "look"), "--noise-prior", "0.5", "--upscale", "2",
                          "--output", str(tmp_path / "cat.mp4")])  # fmt: skip
     for seed in (0, 1):
