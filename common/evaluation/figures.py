@@ -37,7 +37,9 @@ def bar_with_intervals(groups: Mapping[str, Mapping[str, Interval]], ylabel: str
     if not methods:
         raise ValueError("there is no bar to draw")
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _new_figure(max(3.4, 0.9 + 0.45 * len(groups) * (len(methods) + 1)), 2.8)
+        width_in = max(3.4, 0.9 + 0.45 * len(groups) * (len(methods) + 1))
+        columns = _legend_columns(methods, width_in)
+        figure, axes = _new_figure(width_in, 2.6 + 0.18 * -(-len(methods) // columns))
         width = 0.8 / len(methods)
         for k, method in enumerate(methods):
             shift = (k - (len(methods) - 1) / 2) * width
@@ -52,7 +54,7 @@ def bar_with_intervals(groups: Mapping[str, Mapping[str, Interval]], ylabel: str
         axes.grid(axis="y", alpha=0.3)
         axes.set_ylabel(ylabel)
         if len(methods) > 1:
-            figure.legend(loc="outside upper center", ncols=min(len(methods), 4), frameon=False)
+            figure.legend(loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
@@ -170,8 +172,8 @@ def _new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
 
 
 def _legend_columns(names: Sequence[str], width_in: float) -> int:
-    """As many columns, at most 3, as fit a legend of 9 point letters that is filled column by column."""
-    for columns in (3, 2):
+    """As many columns, at most 4, as fit a legend of 9 point letters that is filled column by column."""
+    for columns in (4, 3, 2):
         rows = -(-len(names) // columns)
         longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
         if columns <= len(names) and sum(0.45 + 0.07 * length for length in longest) <= width_in:

@@ -312,6 +312,15 @@ def test_bars_stand_at_their_means():
         figures.bar_with_intervals({}, "score")
 
 
+def test_bars_of_one_group_name_all_methods_inside_the_figure():
+    names = ["VMC", "denoising loss", "Tune-A-Video style", "signed loss without inversion", "absolute loss, the same"]
+    figure = figures.bar_with_intervals({"error": dict.fromkeys(names, UP)}, "px")
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert figure.axes[0].get_window_extent().height > 150
+
+
 def test_lines_go_through_their_means():
     lines = {"one": {1: UP, 16: Interval(0.4, 0.3, 0.6, 5)}, "two": {1: UP}}
     figure = figures.lines_with_intervals(lines, "rank", "error", log_x=True)
