@@ -74,8 +74,10 @@ def draw_mixing(plan: Plan, folder: Path, path: Path) -> None:
 def paths_plot(tasks: Sequence[MotionTask], study: MotionStudy, names: Sequence[str], runs: Path) -> Plot:
     """A panel for each motion: centred paths in pixels."""
     judge = MotionJudge.load()
-    plot = Plot(figsize=(max(4.8, 2.4 * len(tasks)), 2.9), layout="constrained")
-    for panel, task in zip(plot.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    plot = Plot(figsize=(max(4.8, 2.4 * len(tasks)), 2.4), layout="constrained")
+    panels = plot.subplots(1, len(tasks), squeeze=False, sharex=True, sharey=True)[0]
+    panels[0].invert_yaxis()
+    for panel, task in zip(panels, tasks, strict=True):
         for name, color in zip(names, COLORS, strict=False):
             made = torch.cat(clips_of(runs / folder_name(name), task, study))
             for i, track in enumerate(judge.read(made).trajectories):
@@ -83,7 +85,6 @@ def paths_plot(tasks: Sequence[MotionTask], study: MotionStudy, names: Sequence[
         truth = task.trajectories[0]
         panel.plot(*(truth - truth.mean(0)).T, "o-", color="black", markersize=3, label="true")
         panel.set(title=task.name, xlabel="px", aspect="equal")
-        panel.invert_yaxis()
     handles, labels = panel.get_legend_handles_labels()
     plot.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return plot
