@@ -38,7 +38,7 @@ def batch():
     def of_step(step=0, clip=0):
         return {
             "latents": randn(1, 4, 4, 8, 8, seed=100 + clip),
-            "prompt": ["a video of a duck moving zigzag"],
+            "prompt": ["a video of a duck zigzag"],
             "clip_index": torch.tensor([clip]),
             "sample_keys": torch.tensor([step]),
             "step": step,

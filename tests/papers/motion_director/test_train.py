@@ -80,7 +80,7 @@ def test_motion_and_look_are_mixed_from_the_command_line(paper, command, photos,
     assert "training spatial_000: 18 pairs" in capsys.readouterr().out
     assert not (tmp_path / "look" / "temporal_lora.safetensors").exists()
     paper.train.main([*command, "--prompt", "a video of a thing moving zigzag", "--output", str(tmp_path / "motion")])
-    options = ["--motion", str(tmp_path / "motion"), "--prompt", "a video of a sks cat moving zigzag", "--seeds", "0", "1"]
+    options = ["--motion", str(tmp_path / "motion"), "--prompt", "a video of a cat moving zigzag", "--seeds", "0", "1"]
     paper.generate.main([*options, "--appearance", str(tmp_path / "look"), "--noise-prior", "0.5", "--upscale", "2",
                          "--output", str(tmp_path / "cat.mp4")])  # fmt: skip
     for seed in (0, 1):
@@ -136,7 +136,7 @@ def test_mixing_asks_for_things_that_the_clip_does_not_show(paper):
         (entity,) = task.entities
         assert subject.class_noun != entity.noun and subject.entity.color != entity.color
         (prompt,) = paper.experiments.mixed_task(task).prompts
-        assert prompt.text == f"a video of a sks {subject.class_noun} {task.name}"
+        assert prompt.text == f"a video of a sks {subject.class_noun} moving {task.name}"
     assert len({subject.name for subject in chosen}) == 4
 
 
