@@ -1,6 +1,6 @@
 """Captions from a grammar with synonyms and dropped attributes, and the corpus the tokenizer is trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -81,6 +81,7 @@ MOTION_PHRASES = {
     "zooming out": ("zooming out", "the camera zooming out"),
     "orbiting camera": ("orbiting camera", "the camera orbiting around"),
 }  # fmt: skip
+_OF_PICTURES = (NOUNS, STYLE_PREFIXES, BACKGROUND_PHRASES, VIEW_PHRASES, POSE_PHRASES, RELATION_PHRASES, STATE_WORDS)
 _CLIP_PREFIXES = ("a video of", "a video of", "a clip of", "a photo of")
 _FILLERS = ("nice", "cool", "clean", "good", "cute", "small", "large", "weird", "new")
 _DETAILS = ("details", "parts")
@@ -216,9 +217,11 @@ def shows_view(scene: Scene) -> bool:
 
 def motion_words() -> list[str]:
     """Words that tell motions and stand in no caption of a picture, sorted."""
-    tables = (NOUNS, STYLE_PREFIXES, BACKGROUND_PHRASES, VIEW_PHRASES, POSE_PHRASES, RELATION_PHRASES, STATE_WORDS)
-    others = [phrase for table in tables for phrases in table.values() for phrase in phrases] + [*_FILLERS, *_DETAILS]
-    return sorted(_words(phrase for phrases in MOTION_PHRASES.values() for phrase in phrases) - _words(others))
+    return sorted(_words(_phrases(MOTION_PHRASES)) - _words([*_phrases(*_OF_PICTURES), *_FILLERS, *_DETAILS]))
+
+
+def _phrases(*tables: Mapping[str, Iterable[str]]) -> list[str]:
+    return [phrase for table in tables for phrases in table.values() for phrase in phrases]
 
 
 def _words(phrases: Iterable[str]) -> set[str]:
@@ -227,8 +230,7 @@ def _words(phrases: Iterable[str]) -> set[str]:
 
 def corpus() -> list[str]:
     """Every word that prompts may use, as sentences: each becomes one token of tiny-sd's tokenizer."""
-    tables = (NOUNS, STYLE_PREFIXES, BACKGROUND_PHRASES, VIEW_PHRASES, POSE_PHRASES, RELATION_PHRASES, STATE_WORDS)
-    lines = [phrase for table in tables for phrases in table.values() for phrase in phrases]
+    lines = _phrases(*_OF_PICTURES)
     lines += [*COLORS, *CELEBRITIES, *_FILLERS, *_DETAILS, *RARE_TOKENS, *MOTIONS, *HELD_OUT_MOTIONS, *HELD_OUT_ACTIONS]
     lines += [*HELD_OUT_RELATIONS, *HELD_OUT_STATES, *HELD_OUT_STYLES, *_EXTRA.split()]
     return lines

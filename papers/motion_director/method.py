@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,7 +19,7 @@ from common.backbones.video import VideoBackbone
 from common.data.prompt_cache import PromptCache
 from common.io import atomic_save_safetensors, atomic_write_text, load_safetensors
 from common.sampling import ddim_invert, mixed_noise, sample_clips
-from common.training.losses import fixed_noise_validation
+from common.training.losses import fixed_noise_validation, per_sample_mse
 from common.training.noising import NoisedBatch, noise_batch
 from common.training.seeding import seeded_integers, seeded_uniform
 
@@ -49,7 +48,7 @@ def spatial_loss(backbone: VideoBackbone, noised: NoisedBatch, conditioning: Con
 
 def original_loss(model_pred: Tensor, target: Tensor) -> Tensor:
     """L_org-temp: |eps - eps_theta(z_t, t, c)|^2 as a mean over channels, frames and pixels, (B,)."""
-    return F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+    return per_sample_mse(model_pred, target)
 
 
 def debiased(noise: Tensor, anchors: Tensor, strength: float) -> Tensor:
@@ -78,8 +77,10 @@ def temporal_loss(model_pred: Tensor, target: Tensor, anchors: Tensor, strength:
 def sized(backbone: VideoBackbone, num_frames: int, resolution_px: int) -> VideoBackbone:
     """The backbone itself, making clips of another length and size than it was trained on.
 
-    Raises: ValueError if the size is no whole number of latent pixels.
+    Raises: ValueError if it makes pictures, or if the size is no whole number of latent pixels.
     """
+    if not isinstance(backbone, VideoBackbone):
+        raise ValueError(f"{backbone.name} makes pictures; MotionDirector needs a video backbone (tiny-video, ...)")
     factor = backbone.resolution_px // backbone.latent_size
     if resolution_px % factor:
         raise ValueError(f"resolution_px must be a multiple of {factor} for {backbone.name}, got {resolution_px}")
@@ -100,8 +101,6 @@ class MotionDirector:
     def __init__(
         self, backbone: VideoBackbone, config: MotionDirectorConfig, num_clips: int = 1, *, temporal: bool = True
     ) -> None:
-        if not isinstance(backbone, VideoBackbone):
-            raise ValueError(f"{backbone.name} makes pictures; MotionDirector needs a video backbone (tiny-video, ...)")
         self.backbone, self.config = sized(backbone.freeze(), config.num_frames, config.resolution_px), config
         self.num_spatial = 1 if config.single_spatial_lora else num_clips
         self.paths = DualPath(

@@ -112,9 +112,7 @@ def train(options: TrainOptions) -> MotionDirector:
     """Everything in plain sight: backbone, data, method, loop, inversion, save."""
     config = options.config
     backbone = load_backbone(options.backbone, device=default_device())
-    if not isinstance(backbone, VideoBackbone):
-        raise ValueError(f"{backbone.name} makes pictures; MotionDirector needs a video backbone, such as {TINY}")
-    sized(backbone, config.num_frames, config.resolution_px)
+    sized(backbone, config.num_frames, config.resolution_px)  # before the data is encoded
     dataset: Dataset
     if options.images is None:
         dataset = clip_dataset(options, backbone)

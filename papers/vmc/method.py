@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from common.backbones import load_backbone
 from common.backbones.adapters import DenseDelta, LowRank, WeightResidual, attach
 from common.backbones.video import VideoBackbone
+from common.data.prompt_cache import PromptCache
 from common.io import atomic_save_safetensors, atomic_write_text, load_safetensors
 from common.sampling import ddim_invert
 from common.sampling.video import mixed_noise, sample_clips
@@ -119,6 +120,7 @@ class VMC:
         self._attached = attach(self.changes, backbone.unet)
         self.source_latents: Tensor | None = None  # (1,4,F,h,w)
         self.prompt = ""
+        self._prompts = PromptCache(backbone)
         self._inverted: dict[int, Tensor] = {}  # number of steps -> noise, until a weight moves
 
     def set_source(self, latents: Tensor, prompt: str) -> None:
@@ -157,8 +159,7 @@ class VMC:
         """What the network takes for the noise, and the noise: one timestep a clip, each frame its own noise."""
         self._inverted.clear()  # a step of the optimiser follows
         noised = noise_batch(self.backbone, batch["latents"], batch["sample_keys"], seed=self.config.seed)
-        with torch.no_grad():
-            told = self.backbone.encode_prompt(list(batch["prompt"]))
+        told = self._prompts.batch(list(batch["prompt"]))
         return self.backbone.predict_noise(noised["noisy_latents"], noised["timesteps"], told), noised["noise"]
 
     @torch.no_grad()

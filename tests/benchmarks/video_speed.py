@@ -11,9 +11,7 @@ from common.data.videos import crop_frames, read_frames, to_clip, video_info
 from common.sampling import sample_clips, save_mp4
 from common.toyworld.motion_tasks import motion_tasks
 from papers.motion_director import train as motion_director
-from papers.motion_director.config import MotionDirectorConfig
 from papers.vmc import train as vmc
-from papers.vmc.config import VMCConfig
 
 FPS, SECONDS = 30, 3
 
@@ -53,20 +51,15 @@ def clip_tuning(folder: Path, share: float) -> dict:
     (task,) = motion_tasks(1)
     video, prompt = folder / "motion.mp4", task.plain_captions[0]
     save_mp4(task.clips[0], video, fps=8)
-    presets = {"motion_director": MotionDirectorConfig.tiny(), "vmc": VMCConfig.tiny()}
-    configs = {name: replace(tiny, train_steps=round(share * tiny.train_steps)) for name, tiny in presets.items()}
     runs = {
-        "motion_director": lambda config, output: motion_director.train(
-            motion_director.TrainOptions(clips=video, prompt=prompt, output=output, config=config)
-        ),
-        "vmc": lambda config, output: vmc.train(
-            vmc.TrainOptions(video=video, prompt=prompt, output=output, config=config)
-        ),
+        motion_director: motion_director.TrainOptions(clips=video, prompt=prompt, output=folder / "motion_director"),
+        vmc: vmc.TrainOptions(video=video, prompt=prompt, output=folder / "vmc"),
     }
-    seconds = {}
-    for name, run in runs.items():
+    seconds, steps = {}, {}
+    for paper, options in runs.items():
+        name, config = options.output.name, options.config
+        steps[name] = round(share * config.train_steps)
         started = time.perf_counter()
-        run(configs[name], folder / name)
+        paper.train(replace(options, config=replace(config, train_steps=steps[name])))
         seconds[name] = time.perf_counter() - started
-    steps = {name: config.train_steps for name, config in configs.items()}
     return {"value": max(seconds.values()), "unit": "s", "goal": 150, "steps": steps, "seconds": seconds}
