@@ -16,12 +16,25 @@ from common.backbones.inflate import without_temporal_layers
 FRAMES_AT_ONCE = 16  # that the VAE encodes or decodes, to bound memory
 
 
+def frames_in_common(own: Tensor, shared: Tensor, share: float) -> Tensor:
+    """Noise of clips of which frames have a part in common: sqrt(share) shared + sqrt(1 - share) own, (B,C,F,h,w).
+
+    The mixed noise of PYoCo (Ge et al., ICCV 2023, arXiv 2305.10474); `share` is the correlation between frames.
+
+    Args:
+        own: standard normal, of each frame, (B,C,F,h,w).   shared: standard normal, of each clip, (B,C,1,h,w).
+        share: in [0, 1).
+    """
+    return share**0.5 * shared + (1 - share) ** 0.5 * own
+
+
 @dataclass(eq=False)
 class VideoBackbone(Backbone):
     """A backbone whose latents are clips, (B,4,F,h,w); one prompt and one timestep for all frames of a clip.
 
     num_frames: F of a clip where nothing else is said.
-    noise_share: of the initial noise of a clip, what all its frames have in common, [0, 1); see `clip_noise`.
+    noise_share: of the noise of a clip, in training and at the start of sampling, what all its frames have in common,
+        [0, 1); see `frames_in_common`.
     """
 
     num_frames: int = 16
@@ -32,6 +45,10 @@ class VideoBackbone(Backbone):
         """Shape of the latents of one clip, (4,F,h,w)."""
         channels, height, width = super().latent_shape
         return (channels, self.num_frames, height, width)
+
+    def mix_noise(self, own: Tensor, shared: Tensor) -> Tensor:
+        """`frames_in_common` with the share of this backbone."""
+        return frames_in_common(own, shared, self.noise_share)
 
     def encode_clips(self, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """VAE latents of every frame, (B,4,F,h,w), from clips (B,3,F,H,W) in [-1,1]; `generator` as in `encode_images`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.backbones.conditioning import Conditioning
+from common.sampling.guidance import GuidanceRule, classifier_free
 from common.sampling.sampler import draw_noise, sample_latents, seed_generators
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def sample_clips(
     num_inference_steps: int = 30,
     guidance_scale: float = 7.5,
     scheduler: str = "ddim",
+    guidance: GuidanceRule = classifier_free,
     noise: Tensor | None = None,
 ) -> Tensor:
     """One clip per seed for one prompt; the same clip whatever the batch size (see `sampler.py`).
@@ -50,7 +52,7 @@ def sample_clips(
         part = slice(start, start + batch_size)
         latents = sample_latents(
             backbone, conditioning, negative, seeds=seeds[part], num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, scheduler=scheduler, latents=noise[part],
+            guidance_scale=guidance_scale, scheduler=scheduler, guidance=guidance, latents=noise[part],
         )  # fmt: skip
         clips.append(backbone.decode_clips(latents).float().cpu())
     return torch.cat(clips)
@@ -59,16 +61,12 @@ def sample_clips(
 def clip_noise(backbone: VideoBackbone, seeds: Sequence[int]) -> Tensor:
     """Initial noise of clips, (len(seeds),4,F,h,w), float32 on CPU: standard normal, in part the same in all frames.
 
-    Frames that begin alike end alike (PYoCo, Ge et al., ICCV 2023, arXiv 2305.10474, which also trains so). The part is
-    `backbone.noise_share`, the correlation between frames; 0 gives `seeded_noise`.
+    The part is `backbone.noise_share`: a network gets the noise that it was trained with. At 0 it is `seeded_noise`.
     """
-    share, generators = backbone.noise_share, seed_generators(seeds)
+    generators = seed_generators(seeds)
     own = draw_noise(generators, backbone.latent_shape)
-    if share == 0:
-        return own
     channels, _, height, width = backbone.latent_shape
-    shared = draw_noise(generators, (channels, 1, height, width))
-    return share**0.5 * shared + (1 - share) ** 0.5 * own
+    return backbone.mix_noise(own, draw_noise(generators, (channels, 1, height, width)))
 
 
 def mixed_noise(backbone: VideoBackbone, inverted: Tensor, seeds: Sequence[int], share: float) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.training.noising import NoisedBatch
-from common.training.seeding import seeded_randn
+from common.training.noising import NoisedBatch, training_noise
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -90,7 +89,7 @@ def fixed_noise_validation(
     """Denoising loss with noise and timesteps that never change, so that two values differ only by the weights.
 
     Args:
-        latents: clean latents, (B, 4, h, w).
+        latents: clean latents, (B, 4, h, w) or (B, 4, F, h, w).
         conditioning: of the B samples, or of one sample that serves all; where it depends on the timestep, a function
             of the timesteps, (B,) int64 and all equal, that gives either.
         timesteps: the grid; each sample is noised at each of them. The network is called once per timestep.
@@ -99,7 +98,7 @@ def fixed_noise_validation(
     losses = []
     for timestep in timesteps:
         keys = torch.arange(len(latents)) * 1000 + timestep
-        noise = seeded_randn(keys, tuple(latents.shape[1:]), seed=seed, stream="validation").to(latents)
+        noise = training_noise(backbone, latents, keys, seed=seed, stream="validation")
         t = torch.full((len(latents),), timestep, device=latents.device)
         noised = NoisedBatch(
             noisy_latents=backbone.add_noise(latents, noise, t),

@@ -39,6 +39,21 @@ def timesteps_between(low: int, high: int) -> TimestepSampler:
     return sampler
 
 
+def training_noise(
+    backbone: "Backbone", latents: Tensor, sample_keys: Tensor, *, seed: int, stream: str = "noise"
+) -> Tensor:
+    """Standard normal noise like the latents; of clips, frames have the backbone's `noise_share` in common.
+
+    Args: as of `noise_batch`, and `stream`, a name: other streams give other noise.
+    """
+    noise = seeded_randn(sample_keys, tuple(latents.shape[1:]), seed=seed, stream=stream).to(latents)
+    if latents.ndim != 5:
+        return noise
+    channels, _, height, width = latents.shape[1:]
+    shared = seeded_randn(sample_keys, (channels, 1, height, width), seed=seed, stream=f"{stream}, shared")
+    return backbone.mix_noise(noise, shared.to(latents))
+
+
 def noise_batch(
     backbone: "Backbone",
     latents: Tensor,
@@ -50,7 +65,7 @@ def noise_batch(
     """Draw timesteps and noise for a batch and noise it.
 
     Args:
-        backbone: supplies the noise schedule.
+        backbone: supplies the noise schedule and, for clips, what their noise is like.
         latents: clean scaled latents, (B, 4, h, w) or (B, 4, F, h, w).
         sample_keys: (B,) int64; they alone, with `seed`, decide what is drawn.
         timestep_sampler: see `TimestepSampler`.
@@ -59,7 +74,7 @@ def noise_batch(
         raise ValueError(f"need one sample key per sample, got {len(sample_keys)} keys for {len(latents)} latents")
     timesteps = timestep_sampler(sample_keys, seed, backbone.noise_scheduler.config.num_train_timesteps)
     timesteps = timesteps.to(latents.device)
-    noise = seeded_randn(sample_keys, tuple(latents.shape[1:]), seed=seed).to(latents)
+    noise = training_noise(backbone, latents, sample_keys, seed=seed)
     return NoisedBatch(
         noisy_latents=backbone.add_noise(latents, noise, timesteps),
         timesteps=timesteps,

@@ -3,10 +3,12 @@
 The temporal layers of this architecture do not read the prompt; cross-attention is where words of motion come in. No
 caption of tiny-sd has these words, and its text encoder hardly tells them apart: "jumping" is three times nearer to
 "still" than a cat is to a dog. So their embeddings are trained too, for tiny-video alone.
-Epsilon objective, one timestep a clip, noise of its own for each frame, captions dropped to "" one time in ten. Motion
-is decided at high noise, where errors of epsilon are small: timesteps are drawn with a density that grows with t, and
-errors are weighted as those of v, (SNR + 1) / SNR (Salimans & Ho, arXiv 2202.00512), with the SNR in the numerator at
-most 5. The dropout of diffusers' temporal convolutions is off: no clip is seen more than a few times.
+Epsilon objective, one timestep a clip, noise that frames have in part in common, as in sampling (`frames_in_common`),
+captions dropped to "" one time in ten. Motion is decided at high noise, where errors of epsilon are small: timesteps
+are drawn with a density that grows with t, and errors are weighted as those of v, (SNR + 1) / SNR (Salimans & Ho, arXiv
+2202.00512), with the SNR in the numerator at most 5. Details flicker where low noise is learned badly: the last part of
+the training draws timesteps evenly. The dropout of diffusers' temporal convolutions is off: no clip is seen more than a
+few times.
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from common.backbones import load_backbone
 from common.backbones.inflate import inflate, temporal_modules
 from common.backbones.loading import load_trained_layers, load_words, word_id
+from common.backbones.presets import VIDEO_EXTENSIONS
+from common.backbones.video import frames_in_common
 from common.io import atomic_write_text
 from common.sampling.images import image_grid
 from common.sampling.sampler import sample_latents
@@ -38,6 +42,7 @@ from common.training.seeding import seeded_generator
 CAPTION_DROPOUT = 0.1
 TRAINING = "training.json"  # of exported weights: how they were trained
 EARLIER = "earlier.json"  # in a run's cache: TRAINING of the weights that it started from
+TIMESTEP_POWERS = {"late": 2 / 3, "uniform": 1.0}
 NUM_VALIDATION = 128  # clips at the end of the shards
 GRID_PROMPTS = (
     "a video of a red teapot moving left on the beach", "a video of a blue car moving right in the city",
@@ -65,6 +70,8 @@ class VideoConfig(LoopConfig):
     hard_motions: tuple[str, ...] = ("spinning", "shrinking", "zooming in", "orbiting camera")
     """Drawn three times as often as the others: they move few pixels, and are learned last."""
     guidance_scale: float = 7.5  # of the sample grid; s of uncond + s * (cond - uncond)
+    timesteps: Literal["late", "uniform"] = "late"
+    """late: denser at high noise, where motion is decided; uniform: for the last part, since details flicker else."""
     start_from: Path | None = None  # folder of exported weights to go on from, with a new optimiser
 
 
@@ -103,14 +110,21 @@ def drawn_examples(motions: Tensor, hard_motions: Sequence[str]) -> Tensor:
     return torch.arange(len(motions)).repeat_interleave(torch.where(hard, 3, 1))
 
 
-def late_timesteps(uniform: Tensor, num_train_timesteps: int) -> Tensor:
-    """Timesteps with a density that grows as the square root of t, from uniform numbers in [0, 1)."""
-    return (uniform ** (2 / 3) * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+def timesteps_from(uniform: Tensor, num_train_timesteps: int, power: float) -> Tensor:
+    """Timesteps u^power * num_train_timesteps of uniform numbers u in [0, 1): at 1, all equally likely; at 2/3, with a
+    density that grows as the square root of t."""
+    return (uniform**power * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
 def late_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
     """Weights of epsilon's squared errors, (min(SNR, 5) + 1) / SNR: those of v, less at low noise; (B,) float32."""
     return min_snr_weights(noise_scheduler, timesteps) + 1 / signal_to_noise(noise_scheduler, timesteps)
+
+
+def drawn_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Noise of clips, (B,4,F,h,w), as sampling begins with: frames have the preset's share of it in common."""
+    own, shared = torch.randn(shape, generator=generator), torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
+    return frames_in_common(own, shared, VIDEO_EXTENSIONS["tiny-video"].noise_share)
 
 
 def cache_of(run: Path) -> Path:
@@ -152,7 +166,7 @@ def train_video(config: VideoConfig) -> None:
     # row 0 is the empty prompt, then the captions of each clip
     prompts = tokenize(backbone.tokenizer, ["", *(text for row in captions[:-validation] for text in row)])
     check_texts = [row[0] for row in captions[-validation:]]
-    check_noise = torch.randn(latents[-validation:].shape, generator=seeded_generator(0, "validation noise"))
+    check_noise = drawn_noise(latents[-validation:].shape, seeded_generator(0, "validation noise"))
     check_timesteps = torch.linspace(0, 999, validation).round().long()
 
     def losses_of(clean: Tensor, embeds: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -165,9 +179,10 @@ def train_video(config: VideoConfig) -> None:
         is_told = torch.rand(batch, generator=generator) >= CAPTION_DROPOUT
         told = prompts[(1 + indices * per_clip + paraphrase) * is_told].to(device)
         embeds = backbone.text_encoder(told).last_hidden_state
-        timesteps = late_timesteps(torch.rand(batch, generator=generator), scheduler.config.num_train_timesteps)
+        uniform = torch.rand(batch, generator=generator)
+        timesteps = timesteps_from(uniform, scheduler.config.num_train_timesteps, TIMESTEP_POWERS[config.timesteps])
         clean = latents[indices].float()
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = drawn_noise(clean.shape, generator)
         losses = losses_of(clean.to(device), embeds, noise.to(device), timesteps.to(device))
         weights = late_weights(scheduler, timesteps.to(device))
         return {"loss": (losses * weights).mean(), "unweighted": losses.mean()}
@@ -179,9 +194,7 @@ def train_video(config: VideoConfig) -> None:
         return {"loss": torch.cat([losses_of(*(x.to(device) for x in batch)) for batch in batches]).mean().item()}
 
     def sample_grid() -> Image.Image:
-        noise = torch.randn(
-            len(GRID_PROMPTS), 4, num_frames, *latents.shape[-2:], generator=seeded_generator(0, "grid")
-        )
+        noise = drawn_noise((len(GRID_PROMPTS), *latents.shape[1:]), seeded_generator(0, "grid"))
         made = sample_latents(
             video, backbone.encode_prompt(GRID_PROMPTS), seeds=range(len(GRID_PROMPTS)), latents=noise,
             guidance_scale=config.guidance_scale,

@@ -8,6 +8,8 @@ import torch
 from common.backbones import load_backbone
 from common.sampling import ddim_invert, ddim_reconstruct, sample_latents, seeded_noise
 from common.sampling.video import clip_noise, mixed_noise, sample_clips
+from common.training.noising import noise_batch
+from common.training.seeding import seeded_randn
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +25,33 @@ def test_a_clip_depends_on_its_seed_alone(backbone):
     torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
     noise = clip_noise(backbone, [1, 2])
     torch.testing.assert_close(sample_clips(backbone, "a cat", seeds=[8, 9], noise=noise, **options), both)
+    never = sample_clips(backbone, "a cat", seeds=[1, 2], guidance=lambda uncond, cond, t, s: cond, **options)
+    unguided = sample_clips(backbone, "a cat", seeds=[1, 2], num_inference_steps=2, guidance_scale=1.0)
+    torch.testing.assert_close(never, unguided, rtol=1e-3, atol=1e-3)
+    assert (never - both).abs().max() > 1e-3
+
+
+def covariance_of_frames(clips):
+    return torch.cov(clips.transpose(1, 2).transpose(0, 1).flatten(1))  # (F, F) over (B,C,h,w)
+
+
+def test_noise_of_training_is_like_that_of_sampling(backbone):
+    clips, keys = torch.zeros(40, *backbone.latent_shape), torch.arange(40)
+    for share in (0.0, 0.3):
+        own = replace(backbone, noise_share=share)
+        noised = noise_batch(own, clips, keys, seed=3)
+        expected = share + (1 - share) * torch.eye(8)
+        torch.testing.assert_close(covariance_of_frames(noised["noise"]), expected, rtol=0, atol=0.03)
+        some = noise_batch(own, clips[5:7], keys[5:7], seed=3)["noise"]
+        assert torch.equal(some, noised["noise"][5:7])  # whatever is in the batch beside it
+    independent = noise_batch(replace(backbone, noise_share=0.0), clips[:1], keys[:1], seed=3)["noise"]
+    assert torch.equal(independent, seeded_randn(keys[:1], backbone.latent_shape, seed=3))
 
 
 def test_frames_of_the_initial_noise_have_a_part_in_common(backbone):
-    assert backbone.noise_share == 0.2
+    assert backbone.noise_share == 0.5
     noise = clip_noise(backbone, range(40))
-    frames = noise.transpose(1, 2).transpose(0, 1).flatten(1)  # (F, N*4*16*16)
-    expected = torch.full((8, 8), 0.2) + 0.8 * torch.eye(8)
-    torch.testing.assert_close(torch.cov(frames), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(covariance_of_frames(noise), 0.5 + 0.5 * torch.eye(8), rtol=0, atol=0.03)
     other = torch.stack([noise[:20].flatten(), noise[20:].flatten()])
     assert torch.corrcoef(other)[0, 1].abs() < 0.01  # clips have nothing in common
     independent = replace(backbone, noise_share=0.0)

@@ -19,11 +19,19 @@ from common.toyworld.pretrain import video as recipe
 from common.toyworld.pretrain.motion_judge import to_clips
 
 
-def test_timesteps_grow_denser_with_t():
+def test_timesteps_grow_denser_with_t_or_are_even():
     uniform = (torch.arange(10_000) + 0.5) / 10_000
-    drawn = recipe.late_timesteps(uniform, 1000)
-    assert drawn.min() >= 0 and drawn.max() <= 999
-    assert (drawn < 500).double().mean().item() == pytest.approx(0.5**1.5, abs=1e-3)  # u^(2/3) is below 1/2
+    for name, expected in (("late", 0.5**1.5), ("uniform", 0.5)):  # u^(2/3) is below 1/2
+        drawn = recipe.timesteps_from(uniform, 1000, recipe.TIMESTEP_POWERS[name])
+        assert drawn.min() >= 0 and drawn.max() == 999
+        assert (drawn < 500).double().mean().item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_noise_is_that_of_sampling():
+    noise = recipe.drawn_noise((200, 4, 8, 6, 6), torch.Generator().manual_seed(0))
+    covariance = torch.cov(noise.transpose(1, 2).transpose(0, 1).flatten(1))  # between frames
+    share = load_backbone("tiny-video", weights="random").noise_share
+    torch.testing.assert_close(covariance, share + (1 - share) * torch.eye(8), rtol=0, atol=0.03)
 
 
 def test_words_of_motion_replace_their_rows_alone():
