@@ -156,7 +156,7 @@ class VMC:
         return LOSSES[self.config.residual_loss](noise_pred, noise).mean()
 
     def predict_noise(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the network takes for the noise, and the noise: one timestep a clip, each frame its own noise."""
+        """What the network takes for the noise, and the noise: one timestep a clip."""
         self._inverted.clear()  # a step of the optimiser follows
         noised = noise_batch(self.backbone, batch["latents"], batch["sample_keys"], seed=self.config.seed)
         told = self._prompts.batch(list(batch["prompt"]))

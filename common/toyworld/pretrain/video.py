@@ -111,8 +111,7 @@ def drawn_examples(motions: Tensor, hard_motions: Sequence[str]) -> Tensor:
 
 
 def timesteps_from(uniform: Tensor, num_train_timesteps: int, power: float) -> Tensor:
-    """Timesteps u^power * num_train_timesteps of uniform numbers u in [0, 1): at 1, all equally likely; at 2/3, with a
-    density that grows as the square root of t."""
+    """Timesteps of uniform numbers u in [0, 1), as u^power: even at 1, with a density that grows as sqrt(t) at 2/3."""
     return (uniform**power * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 

@@ -30,7 +30,7 @@ def test_timesteps_grow_denser_with_t_or_are_even():
 def test_noise_is_that_of_sampling():
     noise = recipe.drawn_noise((200, 4, 8, 6, 6), torch.Generator().manual_seed(0))
     covariance = torch.cov(noise.transpose(1, 2).transpose(0, 1).flatten(1))  # between frames
-    share = load_backbone("tiny-video", weights="random").noise_share
+    share = VIDEO_EXTENSIONS["tiny-video"].noise_share
     torch.testing.assert_close(covariance, share + (1 - share) * torch.eye(8), rtol=0, atol=0.03)
 
 
